@@ -1,0 +1,278 @@
+"""Recipes: every knob there is, typed, documented and validated when loaded.
+
+A recipe is one YAML file. It may extend another (`extends: other.yaml`, relative to itself), and
+the command line may override any field (`--set train.lr=1e-3`). Unknown keys are errors that name
+the nearest real key. The resolved recipe is written into every run folder.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from epalm.errors import EpalmError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys and non-finite numbers are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Limits(Section):
+    """How many media of each split are used; a seeded choice. None means all."""
+
+    train: Positive | None = None
+    val: Positive | None = None
+    test: Positive | None = None
+
+
+class DataConfig(Section):
+    """Which dataset, and which part of it."""
+
+    kind: str = Field(description="a reader of data/: easy-vqa or jsonl")
+    path: str = Field(description="annotation file, folder, or wheel: address")
+    media_root: str | None = Field(
+        None, description="folder that media paths are relative to; default: beside the annotations"
+    )
+    name: str | None = Field(
+        None, description="dataset name under which the feature set lists media; default from path"
+    )
+    limits: Limits = Limits()
+    val_from_train: int = Field(
+        0, ge=0, description="training media held out as `val` where the dataset has no such split"
+    )
+    bad_media: Literal["stop", "skip"] = Field(
+        "stop", description="media that are missing or cannot be decoded: stop, or leave them out"
+    )
+
+
+class TextConfig(Section):
+    """How a prompt and an answer become the LM's text."""
+
+    template: str = Field("Question: {prompt} Answer:", description="must contain {prompt}")
+    answer_prefix: str = Field(" ", description="put between prompt and answer")
+    special_tokens: tuple[str, ...] = Field(
+        (), description="added to the tokenizer; must fall in rows the LM already has"
+    )
+    max_prompt_tokens: Positive = Field(256, description="longer prompts are an error")
+
+    @model_validator(mode="after")
+    def _has_slot(self) -> "TextConfig":
+        if "{prompt}" not in self.template:
+            raise ValueError("template must contain {prompt}")
+        return self
+
+
+class EncoderConfig(Section):
+    """The frozen encoder and what is kept of it."""
+
+    kind: str = Field("timm", description="an encoder of extract/: timm")
+    weights: str = Field(description="address: timm:NAME, hf:ORG/NAME, a folder or file, wheel:…")
+    arch: str | None = Field(
+        None, description="timm architecture, where the address does not say it (wheel:, a file)"
+    )
+    image_size: Positive | None = Field(None, description="pixels; default: the model's own")
+    final_norm: bool = Field(True, description="final norm on every layer's tokens (convention 11)")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="arithmetic of the encoder; part of the fingerprint"
+    )
+    batch_size: Positive = 32
+
+
+class StoreConfig(Section):
+    """Where features are kept and how."""
+
+    root: str = Field("features", description="folder that holds the feature sets")
+    backend: str = Field("zarr", description="a backend of store/: zarr")
+    dtype: Literal["float16", "float32"] = Field("float16", description="stored number format")
+    shard_rows: Positive = Field(512, description="media per shard")
+
+
+class LMConfig(Section):
+    """The frozen language model."""
+
+    weights: str = Field(description="address: hf:ORG/NAME, a folder, or wheel:…/FILE.gguf")
+    dtype: ComputeDtype = Field(
+        "auto", description="auto: bfloat16 where the device has bf16 arithmetic, else float32"
+    )
+
+
+class VariantConfig(Section):
+    """What is trained, and where it enters the LM (paper 3.1, appendix B)."""
+
+    connection: Literal["separate", "shared"] = Field(
+        "separate", description="one linear layer per encoder layer used, or one for all"
+    )
+    encoder_layers: Positive = Field(6, description="n: the last n encoder layers are used")
+    inject_start: int | None = Field(
+        None, ge=0, description="first injection layer, from 0; default: half of the LM's layers"
+    )
+    inject_end: int | None = Field(
+        None, gt=0, description="layer before which injection ends; default: the LM's layer count"
+    )
+    text_step: Positive = Field(1, description="inject only at layers divisible by this")
+    prompt_length: int = Field(10, ge=0, description="soft prompt tokens; 0: none (eP-ALM_lin)")
+    prompt_mlp: bool = Field(True, description="two-layer MLP behind the soft prompt")
+    mask: Literal["causal", "reference"] = Field(
+        "causal",
+        description="reference: the perceptual token sees later text too, as in the official code "
+        "(its bug 2); only for parity with published checkpoints",
+    )
+
+
+class TrainConfig(Section):
+    """Optimisation on cached features (paper, appendix A; conventions 12, 13, 24, 25)."""
+
+    steps: Positive = Field(description="optimiser steps")
+    batch_size: Positive = Field(64, description="examples per step")
+    examples_per_media: Positive = Field(
+        4, description="at most so many examples about one media stand together in a batch"
+    )
+    lr: float = Field(2e-5, gt=0, description="peak learning rate of the connections")
+    warmup_lr: float = Field(0.0, ge=0, description="learning rate at the first step")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the last step")
+    warmup: Fraction = Field(0.1, description="share of the steps spent warming up")
+    prompt_lr: float | None = Field(None, gt=0, description="of the soft prompt; default: lr")
+    prompt_schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = Field(0.02, ge=0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    clip_norm: float | None = Field(None, gt=0, description="largest gradient norm; None: no limit")
+    loss: Literal["answer", "all"] = Field(
+        "answer", description="answer: mean over answer and EOS tokens; all: summed over all text "
+        "tokens, divided by the batch, times loss_scale (conventions 12, 13)"
+    )
+    loss_scale: float = Field(1.0, gt=0, description="factor on the loss; the reference's is 0.1")
+    log_every: Positive = Field(10, description="steps between metric lines")
+    val_every: Positive | None = Field(None, description="steps between validations; None: at end")
+    val_examples: Positive | None = Field(None, description="seeded choice; None: all of them")
+    checkpoint_every: Positive = Field(100, description="steps between checkpoints")
+
+
+class DecodeConfig(Section):
+    """Generation at validation, evaluation and prediction."""
+
+    num_beams: Positive = 1
+    max_new_tokens: Positive = 10
+    length_penalty: float = 1.0
+    batch_size: Positive = 64
+
+
+class EvalConfig(Section):
+    """What is scored after training."""
+
+    split: Literal["train", "val", "test"] = "test"
+    examples: Positive | None = Field(None, description="seeded choice; None: all of them")
+    control: bool = Field(True, description="also score with media shuffled between examples")
+
+
+class Recipe(Section):
+    """One whole run."""
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="names the run folder")
+    seed: int = Field(0, ge=0, description="of subsets, initialisation, sampling and control")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    runs: str = Field("runs", description="folder that holds the run folders")
+    data: DataConfig
+    text: TextConfig = TextConfig()
+    encoder: EncoderConfig
+    store: StoreConfig = StoreConfig()
+    lm: LMConfig
+    variant: VariantConfig = VariantConfig()
+    train: TrainConfig
+    decode: DecodeConfig = DecodeConfig()
+    evaluate: EvalConfig = EvalConfig()
+
+
+def load_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read, extend, override and validate a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `dotted.key=value` strings; values are read as YAML.
+
+    Raises:
+        EpalmError: unreadable file, malformed override, unknown key or bad value.
+    """
+    path = Path(path)
+    tree = _read_tree(path, ())
+    for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
+    """Validate a nested mapping; `source` names it in error messages."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"  {_describe(e)}" for e in error.errors()]
+        raise EpalmError(f"{source}: not a valid recipe\n" + "\n".join(lines)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every field written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise EpalmError(f"{path}: extends itself; remove one `extends`")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise EpalmError(f"{path}: cannot read the recipe ({error})") from None
+    except yaml.YAMLError as error:
+        raise EpalmError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise EpalmError(f"{path}: a recipe is a mapping of sections, e.g. `name: demo`")
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    base = _read_tree(path.parent / str(parent), (*seen, path.resolve()))
+    return _merge(base, tree)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise EpalmError(f"--set {override}: write it as section.key=value, e.g. train.lr=1e-3")
+    *sections, key = dotted.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise EpalmError(f"--set {override}: {section} is a value, it has no keys")
+    try:
+        node[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise EpalmError(f"--set {override}: not a YAML value: {error}") from None
+
+
+def _describe(error: Any) -> str:
+    """One line for one pydantic error, with the nearest real key for a typo."""
+    location = [str(part) for part in error["loc"]]
+    field = ".".join(location)
+    if error["type"] != "extra_forbidden":
+        given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
+        return f"{field}: {error['msg']}{given}"
+    section: Any = Recipe
+    for part in location[:-1]:
+        section = section.model_fields[part].annotation
+    near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(section.model_fields)}"
+    return f"{field}: unknown key; {hint}"

@@ -1,0 +1,37 @@
+"""Which device to compute on, and in which number format."""
+
+import torch
+
+from epalm.errors import EpalmError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; `auto` takes a GPU when there is one."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise EpalmError(f"device: {name!r} cannot be used here ({reason}); try auto") from None
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The LM's number format; `auto` is bfloat16 where the device multiplies in it natively.
+
+    A CPU without bf16 instructions emulates them about eight times slower than float32.
+    """
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        native = any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
+    else:
+        native = True
+    return torch.bfloat16 if native else torch.float32

@@ -1,0 +1,1 @@
+"""Stage 1: frozen encoders run once over a dataset's media and fill a feature set."""

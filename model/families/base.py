@@ -1,0 +1,52 @@
+"""What the augmented LM needs to know of a decoder-only LM family."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class LMFamily(Protocol):
+    """Where the parts of a Hugging Face causal LM are. The LM itself is never changed.
+
+    A new family is one file and one row of FAMILIES.
+    """
+
+    layers: nn.ModuleList
+    hidden_size: int
+    """Width of the hidden states, H."""
+    prompt_width: int
+    """Width of the word embeddings, E, in which the soft prompt lives."""
+
+    def __init__(self, lm: PreTrainedModel): ...
+
+    def embed_text(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """States (B, T, H) entering layer 0, of token ids (B, T).
+
+        `positions` (B, T) count the real tokens of each row from 0, as without any prompt; pads
+        have -1.
+        """
+        ...
+
+    def embed_prompt(self, prompt: torch.Tensor) -> torch.Tensor:
+        """States (P, H) entering layer 0, of a soft prompt (P, E)."""
+        ...
+
+    def layer_arguments(
+        self, hidden: torch.Tensor, prefix_places: torch.Tensor, text_positions: torch.Tensor,
+        prefix_length: int,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Further keyword arguments of a layer call on states (B, S, H) = prefix, then text.
+
+        Args:
+            hidden: the states, for dtype and device.
+            prefix_places: (S - T,) place of each prefix state in [perceptual token | prompt].
+            text_positions: (B, T) as in `embed_text`; T may be 0.
+            prefix_length: 1 + P, the places that come before the text.
+        """
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """States (..., H) leaving the last layer to logits (..., V), final norm included."""
+        ...

@@ -1,0 +1,46 @@
+"""Llama-like LMs: rotary positions.
+
+Only distances count there, so the text may start anywhere: perceptual token and prompt take the
+places 0 to P before it, in their order, and the text follows at P + 1. Distances within the text
+are what they would be without them. Below the first injection layer place 0 stays empty.
+"""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+
+class LlamaFamily:
+    """See `LMFamily`."""
+
+    def __init__(self, lm: PreTrainedModel):
+        self.decoder = lm.model
+        self.head = lm.lm_head
+        self.layers = self.decoder.layers
+        self.hidden_size = self.prompt_width = lm.config.hidden_size
+
+    def embed_text(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        words: torch.Tensor = self.decoder.embed_tokens(ids)
+        return words
+
+    def embed_prompt(self, prompt: torch.Tensor) -> torch.Tensor:
+        return prompt
+
+    def layer_arguments(
+        self, hidden: torch.Tensor, prefix_places: torch.Tensor, text_positions: torch.Tensor,
+        prefix_length: int,
+    ) -> dict[str, Any]:  # fmt: skip
+        rows = text_positions.shape[0]
+        places = torch.cat(
+            (
+                prefix_places.expand(rows, -1),
+                (text_positions + prefix_length).clamp(min=0),
+            ),
+            dim=1,
+        )
+        return {"position_embeddings": self.decoder.rotary_emb(hidden, position_ids=places)}
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.decoder.norm(hidden))
+        return logits

@@ -1,0 +1,1 @@
+"""Stage 2: connections and soft prompt are fitted on cached features."""
