@@ -39,18 +39,12 @@ class PrefixCache(DynamicCache):
             raise ValueError("only the first layer's text length is defined")
         return super().get_seq_length(0) - self.prefix_in_first_layer
 
-    def spread(self, rows: torch.Tensor | None, count: int) -> None:
-        """From one row per media to one per text: row b becomes that of media `rows[b]`."""
-        for layer in self.layers:
-            if not layer.is_initialized:
-                continue
-            for name in ("keys", "values"):
-                states = getattr(layer, name)
-                if states.shape[0] != count and states.shape[0] == 1:
-                    states = states.expand(count, -1, -1, -1)
-                elif rows is not None:
-                    states = states.index_select(0, rows)
-                setattr(layer, name, states)
+    def take(self, layers: range, rows: torch.Tensor) -> None:
+        """In these layers, let row b become what row `rows[b]` was."""
+        for layer in self.layers[layers.start : layers.stop]:
+            if layer.is_initialized:
+                layer.keys = layer.keys.index_select(0, rows)
+                layer.values = layer.values.index_select(0, rows)
 
 
 class AugmentedLM(nn.Module, GenerationMixin):
@@ -79,6 +73,8 @@ class AugmentedLM(nn.Module, GenerationMixin):
         self.lm = lm.eval().requires_grad_(False)
         self.family = family_of(lm)
         self.plan = plan
+        self.lower = range(plan.start)
+        self.upper = range(plan.start, len(plan.source))
         self.trained = nn.ModuleDict({"connection": connection})
         if soft_prompt is not None:
             self.trained["soft_prompt"] = soft_prompt
@@ -142,12 +138,14 @@ class AugmentedLM(nn.Module, GenerationMixin):
         if self.reference_mask:
             own = features if rows is None else features[rows]
             return self.joint_states(input_ids, attention_mask, own)[:, 1 + self.prompt_length :]
-        return self.extend(self.perceive(features, rows), input_ids, attention_mask)
+        cache = self.perceive(features, rows)
+        return self.extend(cache, input_ids, attention_mask, keep_cache=False)
 
     def perceive(self, features: torch.Tensor, rows: torch.Tensor | None = None) -> PrefixCache:
-        """Run the prefix alone; the cache it leaves has one row per text.
+        """Run the prefix alone; what it leaves is for `extend`.
 
-        Below the first injection layer it is the same for all media and runs once.
+        Layers below the first injection layer have one row in the cache, since all media are the
+        same to them; the others have one row per text.
         """
         tokens = self.trained["connection"](features.float()).to(self.dtype)
         cache = PrefixCache()
@@ -156,28 +154,53 @@ class AugmentedLM(nn.Module, GenerationMixin):
         prompt = self._prompt_states()
         lower = self._call(prompt, places[1:], no_text, prefix_mask(len(places) - 1, self.device))
         upper = self._call(prompt, places, no_text, prefix_mask(len(places), self.device))
-        self._run(prompt, lower, upper, tokens, cache)
-        if cache.layers:
-            cache.prefix_in_first_layer = cache.get_seq_length()
-        cache.spread(rows, len(tokens) if rows is None else len(rows))
+        hidden = self._run(self.lower, prompt, lower, cache) if self.prompt_length else prompt
+        self._run(self.upper, hidden, upper, cache, tokens)
+        cache.prefix_in_first_layer = cache.get_seq_length()
+        if rows is not None:
+            cache.take(self.upper, rows)
         return cache
 
     def extend(
-        self, cache: PrefixCache, input_ids: torch.Tensor, attention_mask: torch.Tensor
+        self,
+        cache: PrefixCache,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        keep_cache: bool = True,
     ) -> torch.Tensor:
-        """Run text (B, Q) after the cache; states (B, Q, H). The cache grows by Q.
+        """Run text (B, Q) after the cache; states (B, Q, H).
 
-        `attention_mask` (B, T) covers the text already in the cache too.
+        The first text after the prefix does not depend on the media below the first injection
+        layer: there, equal texts run once.
+
+        Args:
+            cache: grows by Q.
+            input_ids: (B, Q) the new tokens.
+            attention_mask: (B, T) of all text, the new tokens last.
+            keep_cache: False when nothing will be run after this text.
         """
         queries = input_ids.shape[1]
-        positions = _positions(attention_mask)[:, -queries:]
-        hidden = self.family.embed_text(input_ids, positions)
+        upper_mask = text_mask(1 + self.prompt_length, attention_mask, queries)
+        positions = _positions(attention_mask)
+        ids, upper_positions = input_ids, positions[:, -queries:]
+        equal_to = None
+        if self.lower and cache.get_seq_length() == 0:
+            texts, equal_to = torch.stack((ids, attention_mask)).unique(dim=1, return_inverse=True)
+            ids, attention_mask = texts
+            cache.take(self.lower, ids.new_zeros(len(ids)))
+            positions = _positions(attention_mask)
+        positions = positions[:, -queries:]
+        hidden = self.family.embed_text(ids, positions)
         no_places = positions.new_zeros(0)
         lower_mask = text_mask(self.prompt_length, attention_mask, queries)
-        upper_mask = text_mask(1 + self.prompt_length, attention_mask, queries)
         lower = self._call(hidden, no_places, positions, lower_mask)
-        upper = {**lower, "attention_mask": upper_mask}
-        return self._run(hidden, lower, upper, None, cache)
+        hidden = self._run(self.lower, hidden, lower, cache)
+        if equal_to is not None:
+            hidden = hidden[equal_to]
+            if keep_cache:
+                cache.take(self.lower, equal_to)
+        upper = self._call(hidden, no_places, upper_positions, upper_mask)
+        return self._run(self.upper, hidden, upper, cache)
 
     def joint_states(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, features: torch.Tensor
@@ -198,7 +221,8 @@ class AugmentedLM(nn.Module, GenerationMixin):
         ]
         lower = self._call(hidden, places[1:], positions, masks[0])
         upper = self._call(hidden, places, positions, masks[1])
-        return self._run(hidden, lower, upper, tokens, None)
+        hidden = self._run(self.lower, hidden, lower, None)
+        return self._run(self.upper, hidden, upper, None, tokens)
 
     def forward(
         self,
@@ -278,34 +302,30 @@ class AugmentedLM(nn.Module, GenerationMixin):
 
     def _run(
         self,
+        layers: range,
         hidden: torch.Tensor,
-        lower: dict[str, Any],
-        upper: dict[str, Any],
-        tokens: torch.Tensor | None,
+        call: dict[str, Any],
         cache: PrefixCache | None,
+        tokens: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The LM's layers, one after the other; the only place where they are called.
+        """Some of the LM's layers, one after the other; the only place where they are called.
 
         Args:
-            hidden: (B, S, H) entering layer 0; an empty sequence skips layers.
-            lower, upper: arguments of layers below, and from, the first injection layer on.
-            tokens: (M, n, H) perceptual tokens; None where they are in the cache already.
+            layers: `self.lower` or `self.upper`.
+            hidden: (B, S, H) entering the first of them.
+            call: their keyword arguments.
             cache: grows in every layer.
+            tokens: (M, n, H) perceptual tokens to inject; None: they are in the cache already.
         """
-        start = self.plan.start
-        for index, layer in enumerate(self.family.layers):
+        for index in layers:
             source = self.plan.source[index]
             if tokens is not None and source is not None:
-                rest = hidden if index == start else hidden[:, 1:]
+                rest = hidden if index == self.plan.start else hidden[:, 1:]
                 rest = rest.expand(len(tokens), -1, -1)
                 hidden = torch.cat((tokens[:, source, None], rest), dim=1)
-            if hidden.shape[1]:
-                hidden = layer(
-                    hidden,
-                    past_key_values=cache,
-                    use_cache=cache is not None,
-                    **(lower if index < start else upper),
-                )
+            hidden = self.family.layers[index](
+                hidden, past_key_values=cache, use_cache=cache is not None, **call
+            )
         return hidden
 
 

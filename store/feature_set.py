@@ -134,7 +134,8 @@ class FeatureSet:
         return self.folder / "markers" / f"{shard:06}.json"
 
     def _catalogue_path(self, dataset: str) -> Path:
-        return self.folder / "catalogue" / f"{re.sub(r'[^\w.-]', '_', dataset)}.json"
+        safe = re.sub(r"[^\w.-]", "_", dataset)
+        return self.folder / "catalogue" / f"{safe}.json"
 
 
 class FeatureSetWriter:

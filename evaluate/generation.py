@@ -1,0 +1,79 @@
+"""Batched answers to the prompts of examples."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from tqdm import tqdm
+
+from epalm.config import DecodeConfig
+from epalm.data.example import Example
+from epalm.extract.lookup import FeatureTable
+from epalm.model.augmented import AugmentedLM
+from epalm.model.text import TextCodec, pad_left
+
+
+def generate_answers(
+    model: AugmentedLM,
+    codec: TextCodec,
+    features: FeatureTable,
+    examples: Sequence[Example],
+    decode: DecodeConfig,
+    media_of: Mapping[str, str] | None = None,
+    label: str = "generate",
+) -> list[str]:
+    """One answer per example, in order.
+
+    Args:
+        media_of: media id shown in the place of each example's own; the shuffled control.
+        label: of the progress bar.
+    """
+    shown = [e.media if media_of is None else media_of[e.media] for e in examples]
+    # examples about one media stand together, so that its prefix runs once for all of them
+    order = sorted(range(len(examples)), key=lambda i: shown[i])
+    answers = [""] * len(examples)
+    with tqdm(total=len(examples), desc=label, unit="example") as bar:
+        for chosen in _chunks(order, decode.batch_size):
+            media = list(dict.fromkeys(shown[i] for i in chosen))
+            row_of = {m: row for row, m in enumerate(media)}
+            texts = generate_texts(
+                model,
+                codec,
+                [examples[i].prompt for i in chosen],
+                features.fetch(media),
+                [row_of[shown[i]] for i in chosen],
+                decode,
+            )
+            for index, text in zip(chosen, texts, strict=True):
+                answers[index] = text
+            bar.update(len(chosen))
+    return answers
+
+
+def generate_texts(
+    model: AugmentedLM,
+    codec: TextCodec,
+    prompts: Sequence[str],
+    features: torch.Tensor,
+    rows: Sequence[int],
+    decode: DecodeConfig,
+) -> list[str]:
+    """Greedy or beam answers to B prompts about M media with features (M, n, D)."""
+    ids, mask = pad_left([codec.prompt(text) for text in prompts], codec.pad)
+    generated = model.generate(
+        ids.to(model.device),
+        mask.to(model.device),
+        features.to(model.device),
+        torch.tensor(list(rows), device=model.device),
+        num_beams=decode.num_beams,
+        max_new_tokens=decode.max_new_tokens,
+        length_penalty=decode.length_penalty if decode.num_beams > 1 else None,
+        do_sample=False,
+        eos_token_id=codec.eos,
+        pad_token_id=codec.pad,
+    )
+    return [codec.decode(row) for row in generated[:, ids.shape[1] :].tolist()]
+
+
+def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for begin in range(0, len(items), size):
+        yield items[begin : begin + size]

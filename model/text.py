@@ -1,0 +1,55 @@
+"""How prompts and answers become token ids, alike in training and generation."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from epalm.config import TextConfig
+from epalm.errors import EpalmError
+
+
+class TextCodec:
+    """The recipe's template around an LM's tokenizer.
+
+    Prompt and answer are tokenised apart, so that the prompt's ids are the same with and without
+    an answer behind them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TextConfig):
+        self.tokenizer, self.config = tokenizer, config
+        self.eos: int = tokenizer.eos_token_id
+        self.pad: int = tokenizer.pad_token_id
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids of the filled template, with whatever the tokenizer puts first (OPT: BOS).
+
+        Raises:
+            EpalmError: longer than the recipe allows, or nothing at all.
+        """
+        ids: list[int] = self.tokenizer(self.config.template.format(prompt=text)).input_ids
+        if len(ids) > self.config.max_prompt_tokens:
+            raise EpalmError(
+                f"prompt {text[:60]!r} has {len(ids)} tokens; shorten it or raise "
+                f"text.max_prompt_tokens ({self.config.max_prompt_tokens})"
+            )
+        if not ids:
+            raise EpalmError("text.template: gives no token for an empty prompt; add a word to it")
+        return ids
+
+    def answer(self, text: str) -> list[int]:
+        """Ids of an answer and the end token (EOS)."""
+        full = self.config.answer_prefix + text
+        ids: list[int] = self.tokenizer(full, add_special_tokens=False).input_ids
+        return [*ids, self.eos]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of generated ids up to the end token, without surrounding white space."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip()
+
+
+def pad_left(sequences: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (B, T) and attention mask (B, T) of sequences padded on the left."""
+    length = max(len(s) for s in sequences)
+    ids = torch.tensor([[pad] * (length - len(s)) + s for s in sequences])
+    mask = torch.tensor([[0] * (length - len(s)) + [1] * len(s) for s in sequences])
+    return ids, mask

@@ -1,0 +1,118 @@
+"""The training loop, top to bottom."""
+
+import json
+import time
+from collections.abc import Callable
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from epalm.errors import EpalmError
+from epalm.train.batches import TrainingBatches
+from epalm.train.checkpoint import Progress, load_state, save_state, save_weights
+from epalm.train.loss import batch_loss, example_losses
+from epalm.train.optimiser import learning_rates, make_optimiser, set_learning_rates
+from epalm.train.parts import Parts
+from epalm.train.run import Run
+
+Validate = Callable[[Parts], float]
+"""Scores the model on the validation split; higher is better."""
+
+
+def train(run: Run, parts: Parts, validate: Validate | None) -> Progress:
+    """Train, or go on with, a run; returns where it ended.
+
+    Safe to interrupt: it resumes from the last checkpoint and then gives the same weights, bit for
+    bit, as an undisturbed training on the same machine.
+
+    Args:
+        run: its folder takes checkpoints and metrics.
+        parts: dataset, features and model of the run's recipe.
+        validate: None where the dataset has no validation split; then the last weights are best.
+
+    Raises:
+        EpalmError: the loss is not finite any more; the last checkpoint is kept.
+    """
+    config, model = run.recipe.train, parts.model
+    examples = parts.dataset.split("train")
+    batches = TrainingBatches(examples, parts.features, parts.codec, run.recipe, parts.device)
+    optimiser = make_optimiser(model, config)
+    progress = Progress()
+    if run.last.is_file():
+        progress = load_state(run.last, model, optimiser)
+        kept = [line for line in run.read_metrics() if line["step"] <= progress.step]
+        run.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    if progress.step >= config.steps:
+        return progress
+
+    start, waited, tokens, first = time.perf_counter(), 0.0, 0, progress.step
+    with (
+        SummaryWriter(str(run.folder / "tensorboard"), purge_step=progress.step) as board,
+        run.metrics.open("a", encoding="utf-8") as metrics,
+        tqdm(total=config.steps, initial=first, desc="train", unit="step") as bar,
+    ):
+
+        def log(line: dict[str, float]) -> None:
+            metrics.write(json.dumps(line) + "\n")
+            metrics.flush()
+            for name, value in line.items():
+                board.add_scalar(name, value, int(line["step"]))
+
+        while progress.step < config.steps:
+            fetch = time.perf_counter()
+            batch = batches[progress.step]
+            waited += time.perf_counter() - fetch
+            tokens += int(batch.attention_mask.sum())
+
+            set_learning_rates(optimiser, progress.step, config)
+            sums, counts = example_losses(
+                model,
+                batch.input_ids,
+                batch.attention_mask,
+                batch.labels,
+                batch.features,
+                batch.rows,
+            )
+            loss = batch_loss(sums, counts, config)
+            if not torch.isfinite(loss):
+                raise EpalmError(
+                    f"{run.folder}: the loss is {loss.item()} at step {progress.step}; lower "
+                    "train.lr or set train.clip_norm (checkpoints so far are kept)"
+                )
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            if config.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.trained.parameters(), config.clip_norm)
+            optimiser.step()
+            progress.step += 1
+            bar.update()
+
+            done, last = progress.step, progress.step == config.steps
+            if done % config.log_every == 0 or last or done == 1:
+                seconds = time.perf_counter() - start
+                log(
+                    {
+                        "step": done,
+                        "loss": loss.item(),
+                        "lr": learning_rates(done - 1, config)[0],
+                        "examples_per_second": config.batch_size * (done - first) / seconds,
+                        "tokens_per_second": tokens / seconds,
+                        "data_wait_share": waited / seconds,
+                    }
+                )
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+            if validate is not None and (last or done % (config.val_every or config.steps) == 0):
+                score = validate(parts)
+                log({"step": done, "val_accuracy": score})
+                tqdm.write(f"step {done}: val accuracy {score:.1%}")
+                if score > progress.best_score:
+                    progress.best_score, progress.best_step = score, done
+                    save_weights(run.best, model, progress)
+            if last and validate is None:
+                progress.best_step = done
+                save_weights(run.best, model, progress)
+            if last or done % config.checkpoint_every == 0:
+                save_state(run.last, model, optimiser, progress)
+    run.add_seconds({"train": run.seconds().get("train", 0.0) + time.perf_counter() - start})
+    return progress

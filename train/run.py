@@ -1,0 +1,101 @@
+"""The run folder that a training leaves.
+
+    RUNS/NAME/
+        recipe.yaml                  the recipe, resolved
+        metrics.jsonl                one line per logged step and per validation
+        tensorboard/                 the same for TensorBoard
+        checkpoints/last.safetensors, best.safetensors
+        seconds.json                 wall time of each stage
+        predictions.jsonl, predictions-shuffled.jsonl, scores.json, loss.png, examples.html
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from epalm.config import Recipe, dump_recipe, load_recipe
+from epalm.errors import EpalmError
+from epalm.store.atomic import write_atomic
+
+FREE_TO_CHANGE = {"evaluate", "device", "runs"}
+"""Recipe fields that may differ when a training is resumed."""
+
+
+class Run:
+    """Paths and small files of one run."""
+
+    def __init__(self, folder: Path, recipe: Recipe):
+        self.folder, self.recipe = folder, recipe
+        self.last = folder / "checkpoints" / "last.safetensors"
+        self.best = folder / "checkpoints" / "best.safetensors"
+        self.metrics = folder / "metrics.jsonl"
+        self.scores = folder / "scores.json"
+
+    @classmethod
+    def create(cls, recipe: Recipe, overwrite: bool = False) -> "Run":
+        """The recipe's run folder: a new one, or the one to resume.
+
+        Raises:
+            EpalmError: the folder holds a run of another recipe, or something else.
+        """
+        folder = Path(recipe.runs) / recipe.name
+        written = folder / "recipe.yaml"
+        if written.is_file() and overwrite:
+            shutil.rmtree(folder)
+        if written.is_file():
+            differences = _differences(load_recipe(written), recipe)
+            if differences:
+                lines = "\n".join(f"  {line}" for line in differences)
+                raise EpalmError(
+                    f"{folder}: holds a run of another recipe:\n{lines}\nchoose another name "
+                    "(--set name=…), or replace that run with --overwrite"
+                )
+        elif folder.is_dir() and any(folder.iterdir()):
+            raise EpalmError(f"{folder}: not empty and not a run; choose another name")
+        write_atomic(written, dump_recipe(recipe))
+        return cls(folder, recipe)
+
+    @classmethod
+    def open(cls, folder: str | Path, overrides: tuple[str, ...] = ()) -> "Run":
+        """An existing run; EpalmError when the folder is none or holds no trained weights."""
+        folder = Path(folder)
+        if not (folder / "recipe.yaml").is_file():
+            raise EpalmError(f"{folder}: not a run folder (no recipe.yaml)")
+        run = cls(folder, load_recipe(folder / "recipe.yaml", overrides))
+        if not run.last.is_file():
+            raise EpalmError(f"{folder}: holds no trained weights ({run.last}); run `train` first")
+        return run
+
+    def add_seconds(self, stages: dict[str, float]) -> None:
+        """Record the wall time of stages, in seconds."""
+        known = self.seconds() | {name: round(value, 2) for name, value in stages.items()}
+        write_atomic(self.folder / "seconds.json", json.dumps(known, indent=2))
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time by stage."""
+        path = self.folder / "seconds.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a line cut by a crash is left out."""
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _differences(old: Recipe, new: Recipe) -> list[str]:
+    found = []
+    for name in Recipe.model_fields:
+        before, after = getattr(old, name), getattr(new, name)
+        if name in FREE_TO_CHANGE or before == after:
+            continue
+        if not hasattr(before, "model_fields_set"):
+            found.append(f"{name}: {before!r} there, {after!r} wanted")
+            continue
+        for key in type(before).model_fields:
+            one, other = getattr(before, key), getattr(after, key)
+            if one != other:
+                found.append(f"{name}.{key}: {one!r} there, {other!r} wanted")
+    return found
