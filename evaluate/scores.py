@@ -12,6 +12,7 @@ from epalm.evaluate.control import shuffled_media
 from epalm.evaluate.generation import generate_answers
 from epalm.evaluate.metrics import accuracy, accuracy_by_type, is_match, majority_answer
 from epalm.store.atomic import write_atomic
+from epalm.store.feature_set import Stage
 from epalm.train.parts import Parts
 from epalm.train.run import Run
 
@@ -26,9 +27,7 @@ def evaluate(run: Run, parts: Parts) -> dict[str, Any]:
     examples = choose_examples(parts.dataset.split(config.split), config.examples, run.recipe.seed)
     if not examples:
         raise EpalmError(f"evaluate.split: the dataset has no {config.split} examples")
-    start = time.perf_counter()
-    predictions = _answers(parts, examples, None, "evaluate")
-    seconds = {"evaluate": time.perf_counter() - start}
+    predictions = _timed_answers(run, parts, examples, None, "evaluate")
     _write_predictions(run, "predictions.jsonl", examples, predictions, None)
     scores: dict[str, Any] = {
         "split": config.split,
@@ -39,10 +38,8 @@ def evaluate(run: Run, parts: Parts) -> dict[str, Any]:
         "examples_by_type": _sizes(examples),
     }
     if config.control:
-        start = time.perf_counter()
         media_of = shuffled_media((e.media for e in examples), run.recipe.seed)
-        shuffled = _answers(parts, examples, media_of, "control")
-        seconds["control"] = time.perf_counter() - start
+        shuffled = _timed_answers(run, parts, examples, media_of, "control")
         _write_predictions(run, "predictions-shuffled.jsonl", examples, shuffled, media_of)
         scores["shuffled_accuracy"] = accuracy(shuffled, examples)
         scores["shuffled_accuracy_by_type"] = accuracy_by_type(shuffled, examples)
@@ -55,8 +52,8 @@ def evaluate(run: Run, parts: Parts) -> dict[str, Any]:
     scores["trained_parameters"] = parts.trained_parameters
     scores["total_parameters"] = parts.total_parameters
     scores["decode"] = run.recipe.decode.model_dump()
-    run.add_seconds(seconds)
-    scores["seconds"] = run.seconds()
+    scores["seconds"] = {name: stage.seconds for name, stage in run.stages().items()}
+    scores["rates"] = {name: stage.rate for name, stage in run.stages().items()}
     write_atomic(run.scores, json.dumps(scores, indent=2))
     return scores
 
@@ -77,6 +74,20 @@ def choose_examples(
     if count is None or count >= len(examples):
         return examples
     return random.Random(f"{seed} examples").sample(list(examples), count)
+
+
+def _timed_answers(
+    run: Run,
+    parts: Parts,
+    examples: Sequence[Example],
+    media_of: Mapping[str, str] | None,
+    label: str,
+) -> list[str]:
+    start = time.perf_counter()
+    answers = _answers(parts, examples, media_of, label)
+    seconds = time.perf_counter() - start
+    run.add_stage(label, Stage(round(seconds, 2), f"{len(examples) / seconds:.1f} examples/s"))
+    return answers
 
 
 def _answers(

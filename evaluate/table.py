@@ -7,7 +7,7 @@ def format_table(scores: dict[str, Any]) -> str:
     """Time and rate of each stage, trained share, accuracy beside both baselines."""
     lines = [f"{'stage':<12}{'seconds':>9}  rate"]
     for name, seconds in scores["seconds"].items():
-        lines.append(f"{name:<12}{seconds:>9.1f}  {scores.get('rates', {}).get(name, '')}".rstrip())
+        lines.append(f"{name:<12}{seconds:>9.1f}  {scores['rates'][name]}")
     trained, total = scores["trained_parameters"], scores["total_parameters"]
     lines += [
         "",

@@ -1,5 +1,6 @@
 """Image encoder: any timm ViT with a class token, the [CLS] of every layer (convention 11)."""
 
+import difflib
 import io
 import json
 from typing import Any
@@ -51,13 +52,14 @@ class TimmViT:
 
 def describe(recipe: Recipe, weights_at_hand: bool = True) -> FeatureSpec:
     """See `extract.encoder.describe`."""
-    arch, pretrained = _architecture(recipe)
+    arch, pretrained, model_args = _architecture(recipe)
     with torch.device("meta"):
-        model = _create(recipe, arch)
+        model = _create(recipe, arch, **model_args)
     weights = digest(weights_file(resolve(recipe.encoder.weights))) if weights_at_hand else ""
     return FeatureSpec(
         modality="image",
         encoder=f"timm/{arch}",
+        encoder_arguments={key: _plain(value) for key, value in model_args.items()},
         encoder_parameters=sum(p.numel() for p in model.parameters()),
         weights=weights,
         layers=len(model.blocks),
@@ -73,7 +75,7 @@ def describe(recipe: Recipe, weights_at_hand: bool = True) -> FeatureSpec:
 
 def build(recipe: Recipe, device: torch.device) -> TimmViT:
     """See `extract.encoder.build`."""
-    arch, pretrained = _architecture(recipe)
+    arch, pretrained, model_args = _architecture(recipe)
     file = weights_file(resolve(recipe.encoder.weights))
     source = {"state_dict": read_dinov2(file)} if file.suffix == ".onnx" else {"file": str(file)}
     try:
@@ -81,6 +83,7 @@ def build(recipe: Recipe, device: torch.device) -> TimmViT:
         model = _create(
             recipe,
             arch,
+            **model_args,
             pretrained=True,
             pretrained_cfg_overlay={**source, "custom_load": False, "hf_hub_id": None, "url": ""},
         )
@@ -89,14 +92,14 @@ def build(recipe: Recipe, device: torch.device) -> TimmViT:
     return TimmViT(model, _preprocess(recipe, pretrained), recipe, device)
 
 
-def _architecture(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    """timm architecture and pretrained configuration that an address leads to."""
+def _architecture(recipe: Recipe) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """timm architecture, pretrained configuration and model arguments an address leads to."""
     encoder = recipe.encoder
     if encoder.weights.startswith("timm:"):
         name = encoder.weights.removeprefix("timm:")
-        return name.split(".")[0], _pretrained_cfg(name, encoder.weights)
+        return name.split(".")[0], _pretrained_cfg(name, encoder.weights), {}
     if encoder.arch is not None:
-        return encoder.arch, _pretrained_cfg(encoder.arch, f"encoder.arch: {encoder.arch}")
+        return encoder.arch, _pretrained_cfg(encoder.arch, f"encoder.arch: {encoder.arch}"), {}
     config = resolve(encoder.weights) / "config.json"
     if not config.is_file():
         raise EpalmError(
@@ -105,7 +108,8 @@ def _architecture(recipe: Recipe) -> tuple[str, dict[str, Any]]:
         )
     try:
         fields = json.loads(config.read_text(encoding="utf-8"))
-        return fields["architecture"], fields.get("pretrained_cfg", {})
+        args = {k: v for k, v in fields.get("model_args", {}).items() if k != "num_classes"}
+        return fields["architecture"], fields.get("pretrained_cfg", {}), args
     except (ValueError, KeyError) as error:
         raise EpalmError(f"{config}: not timm's model configuration ({error!r})") from None
 
@@ -116,9 +120,8 @@ def _pretrained_cfg(name: str, where: str) -> dict[str, Any]:
     except RuntimeError:
         found = None
     if found is None:
-        stem = name.split(".")[0]
-        near = ", ".join(timm.list_models(f"{stem[: len(stem) * 2 // 3]}*")[:5])
-        raise EpalmError(f"{where}: timm does not know it; near: {near or 'none'}")
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        raise EpalmError(f"{where}: timm does not know it; near: {', '.join(near) or 'none'}")
     return dict(found.to_dict())
 
 

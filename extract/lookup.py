@@ -19,6 +19,7 @@ class FeatureTable:
 
     def __init__(self, features: FeatureSet, dataset: str, layers: int):
         self.spec = features.spec
+        self.extraction = features.last_extraction()
         self._features = features
         self._layers = slice(features.spec.layers - layers, None)
         self._hash_of = {m: entry.content_hash for m, entry in features.catalogue(dataset).items()}

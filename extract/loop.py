@@ -20,7 +20,7 @@ from epalm.data.example import Dataset, Media
 from epalm.device import choose_device
 from epalm.errors import EpalmError
 from epalm.extract.encoder import Encoder, build, describe
-from epalm.store.feature_set import CatalogueEntry, FeatureSet, FeatureSetWriter, Layout
+from epalm.store.feature_set import CatalogueEntry, FeatureSet, FeatureSetWriter, Layout, Stage
 
 STAGES = ("hash", "read", "decode", "encode", "write")
 
@@ -73,10 +73,14 @@ def extract(recipe: Recipe, dataset: Dataset) -> Report:
         if todo:
             encoder = build(recipe, choose_device(recipe.device))
             known_bad |= _encode_all(recipe, dataset.name, encoder, writer, todo, report)
+        report.total_seconds = time.perf_counter() - start
+        rate = f"{report.encoded / report.total_seconds:.1f} media/s"
+        if not report.encoded:
+            rate = f"skipped, {report.found} media found in the store"
+        writer.record_extraction(Stage(round(report.total_seconds, 2), rate))
     for media, entry in entries.items():
         if entry.content_hash not in features:
             report.failed[media] = known_bad[entry.content_hash]
-    report.total_seconds = time.perf_counter() - start
     if report.failed and recipe.data.bad_media == "stop":
         raise EpalmError(bad_media_message(report.failed, features))
     return report

@@ -147,7 +147,7 @@ class AugmentedLM(nn.Module, GenerationMixin):
         Layers below the first injection layer have one row in the cache, since all media are the
         same to them; the others have one row per text.
         """
-        tokens = self.trained["connection"](features.float()).to(self.dtype)
+        tokens = self.trained["connection"](features).to(self.dtype)
         cache = PrefixCache()
         places = torch.arange(1 + self.prompt_length, device=self.device)
         no_text = places.new_zeros((1, 0))
@@ -210,7 +210,7 @@ class AugmentedLM(nn.Module, GenerationMixin):
         The only way with the reference's mask; with the causal one, a slower way to the same.
         Here M = B.
         """
-        tokens = self.trained["connection"](features.float()).to(self.dtype)
+        tokens = self.trained["connection"](features).to(self.dtype)
         positions = _positions(attention_mask)
         text = self.family.embed_text(input_ids, positions)
         hidden = torch.cat((self._prompt_states().expand(len(text), -1, -1), text), dim=1)

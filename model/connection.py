@@ -17,7 +17,8 @@ class Connection(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(dim, hidden) for _ in range(1 if shared else tokens))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(M, n, D) features to (M, n, H) perceptual tokens."""
+        """(M, n, D) features, of any number format, to (M, n, H) perceptual tokens."""
+        features = features.to(self.linears[0].weight.dtype)
         if len(self.linears) == 1:
             projected: torch.Tensor = self.linears[0](features)
             return projected

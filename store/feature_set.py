@@ -7,6 +7,7 @@
         markers/000000.json       which media stand in shard 0, and its checksum; written last
         catalogue/DATASET.json    media id -> content hash, size and time of change
         failures.jsonl            media that could not be encoded, and why
+        extraction.json           time and rate of the last extraction into it
 
 Features are filed by the media's content hash, so that equal files are encoded once, whatever
 their names and datasets. A shard counts only when its marker is there; the index is rebuilt from
@@ -39,6 +40,13 @@ class Layout:
 
     backend: str
     shard_rows: int
+
+
+class Stage(NamedTuple):
+    """What a stage of the pipeline took: wall time in seconds, and a rate in words."""
+
+    seconds: float
+    rate: str
 
 
 class CatalogueEntry(NamedTuple):
@@ -100,6 +108,11 @@ class FeatureSet:
             return {}
         entries = json.loads(path.read_text(encoding="utf-8"))
         return {media: CatalogueEntry(*entry) for media, entry in entries.items()}
+
+    def last_extraction(self) -> Stage | None:
+        """What the last extraction into this set took."""
+        path = self.folder / "extraction.json"
+        return Stage(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
     def failures(self) -> list[dict[str, str]]:
         """The ledger: dataset, media, hash, reason and exception of each failure, in order."""
@@ -181,6 +194,10 @@ class FeatureSetWriter:
         merged = self.features.catalogue(dataset) | entries
         text = json.dumps(merged, sort_keys=True, indent=0)
         write_atomic(self.features._catalogue_path(dataset), text)
+
+    def record_extraction(self, stage: Stage) -> None:
+        """Note what this extraction took."""
+        write_atomic(self.features.folder / "extraction.json", json.dumps(stage._asdict()))
 
     def record_failure(
         self, dataset: str, media: str, content_hash: str, reason: str, exception: str

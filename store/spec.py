@@ -19,6 +19,7 @@ class FeatureSpec:
     Attributes:
         modality: image.
         encoder: kind and architecture, e.g. `timm/vit_base_patch16_224`.
+        encoder_arguments: what the architecture was built with beyond its defaults.
         encoder_parameters: number of the encoder's weights, which reports count as frozen.
         weights: SHA-256 of the weights file; empty when the file is not at hand (see `matches`).
         layers: number of encoder layers kept, L; all of them, in order.
@@ -34,6 +35,7 @@ class FeatureSpec:
 
     modality: str
     encoder: str
+    encoder_arguments: dict[str, Any]
     encoder_parameters: int
     weights: str
     layers: int

@@ -4,6 +4,7 @@
 (`exp_avg.*`, `exp_avg_sq.*`), with step and best score in the file's metadata.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def _weights(model: AugmentedLM) -> dict[str, torch.Tensor]:
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], progress: Progress) -> None:
     contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
-    write_atomic(path, save(contiguous, {k: repr(v) for k, v in vars(progress).items()}))
+    # one key: safetensors writes several in random order, and equal states must be equal files
+    write_atomic(path, save(contiguous, {"progress": json.dumps(vars(progress))}))
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], Progress]:
@@ -88,10 +90,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], Progress]:
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            meta = file.metadata()
-        progress = Progress(
-            int(meta["step"]), float(meta["best_score"]), int(meta["best_step"])
-        )
+            progress = Progress(**json.loads(file.metadata()["progress"]))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise EpalmError(f"{path}: not a readable checkpoint ({error})") from None
     return tensors, progress

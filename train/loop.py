@@ -9,6 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from epalm.errors import EpalmError
+from epalm.store.feature_set import Stage
 from epalm.train.batches import TrainingBatches
 from epalm.train.checkpoint import Progress, load_state, save_state, save_weights
 from epalm.train.loss import batch_loss, example_losses
@@ -35,6 +36,8 @@ def train(run: Run, parts: Parts, validate: Validate | None) -> Progress:
         EpalmError: the loss is not finite any more; the last checkpoint is kept.
     """
     config, model = run.recipe.train, parts.model
+    if parts.features.extraction is not None:
+        run.add_stage("extract", parts.features.extraction)
     examples = parts.dataset.split("train")
     batches = TrainingBatches(examples, parts.features, parts.codec, run.recipe, parts.device)
     optimiser = make_optimiser(model, config)
@@ -114,5 +117,7 @@ def train(run: Run, parts: Parts, validate: Validate | None) -> Progress:
                 save_weights(run.best, model, progress)
             if last or done % config.checkpoint_every == 0:
                 save_state(run.last, model, optimiser, progress)
-    run.add_seconds({"train": run.seconds().get("train", 0.0) + time.perf_counter() - start})
+    seconds = time.perf_counter() - start
+    rate = f"{config.batch_size * (progress.step - first) / seconds:.1f} examples/s"
+    run.add_stage("train", Stage(round(seconds, 2), rate))
     return progress

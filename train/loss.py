@@ -23,7 +23,8 @@ def example_losses(
     """
     states = model.states(input_ids, attention_mask, features, rows)
     labelled = labels != -100
-    logits = model.family.logits(states[labelled]).float()
+    logits = model.family.logits(states[labelled])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = cross_entropy(logits, labels[labelled], reduction="none")
     row_of = labelled.nonzero()[:, 0]
     sums = losses.new_zeros(len(labels)).index_add(0, row_of, losses)

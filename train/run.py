@@ -5,7 +5,7 @@
         metrics.jsonl                one line per logged step and per validation
         tensorboard/                 the same for TensorBoard
         checkpoints/last.safetensors, best.safetensors
-        seconds.json                 wall time of each stage
+        stages.json                  time and rate of each stage
         predictions.jsonl, predictions-shuffled.jsonl, scores.json, loss.png, examples.html
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 from epalm.config import Recipe, dump_recipe, load_recipe
 from epalm.errors import EpalmError
 from epalm.store.atomic import write_atomic
+from epalm.store.feature_set import Stage
 
 FREE_TO_CHANGE = {"evaluate", "device", "runs"}
 """Recipe fields that may differ when a training is resumed."""
@@ -31,6 +32,7 @@ class Run:
         self.best = folder / "checkpoints" / "best.safetensors"
         self.metrics = folder / "metrics.jsonl"
         self.scores = folder / "scores.json"
+        self._stages = folder / "stages.json"
 
     @classmethod
     def create(cls, recipe: Recipe, overwrite: bool = False) -> "Run":
@@ -67,15 +69,18 @@ class Run:
             raise EpalmError(f"{folder}: holds no trained weights ({run.last}); run `train` first")
         return run
 
-    def add_seconds(self, stages: dict[str, float]) -> None:
-        """Record the wall time of stages, in seconds."""
-        known = self.seconds() | {name: round(value, 2) for name, value in stages.items()}
-        write_atomic(self.folder / "seconds.json", json.dumps(known, indent=2))
+    def add_stage(self, name: str, stage: Stage) -> None:
+        """Record what a stage took; one recorded before is replaced."""
+        known = self.stages() | {name: stage}
+        text = json.dumps({key: value._asdict() for key, value in known.items()}, indent=2)
+        write_atomic(self._stages, text)
 
-    def seconds(self) -> dict[str, float]:
-        """Wall time by stage."""
-        path = self.folder / "seconds.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    def stages(self) -> dict[str, Stage]:
+        """The stages recorded so far, by name."""
+        if not self._stages.is_file():
+            return {}
+        known = json.loads(self._stages.read_text(encoding="utf-8"))
+        return {name: Stage(**stage) for name, stage in known.items()}
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a line cut by a crash is left out."""

@@ -1,0 +1,30 @@
+# Two commands: `make demo` shows the system at work, `make test` checks it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test setup clean
+
+demo: $(INSTALLED)
+	$(BIN)/python pipeline.py run recipes/demo.yaml --overwrite
+	$(BIN)/python pipeline.py predict runs/demo --image docs/circle.png --ask "what color is the circle?"
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p epalm
+	$(BIN)/python -m pytest
+
+setup: $(INSTALLED)
+
+# constraints.txt records the versions that were tested together; pyproject.toml has lower bounds
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "epalm needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	mkdir -p .types && ln -sfn .. .types/epalm
+	touch $@
+
+clean:
+	rm -rf $(VENV) .types build *.egg-info

@@ -1,0 +1,167 @@
+"""The commands end to end on a toy run, and what each does with bad input."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+Cli = Callable[..., Result]
+Toy = Callable[..., Path]
+
+
+def refused(result: Result, *words: str) -> None:
+    """Exit code 2 and one message with these words, without a traceback."""
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+    for word in words:
+        assert word in result.output
+
+
+def test_extract_train_evaluate_predict(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe, run = toy(), tmp_path / "runs" / "toy"
+    extracted = cli("extract", recipe)
+    assert "12 media in" in extracted.output
+    assert "nothing to do" in cli("extract", recipe).output
+    assert "6 steps" in cli("train", recipe).output
+    evaluated = cli("evaluate", run)
+    assert evaluated.exit_code == 0, evaluated.output
+    scores = json.loads((run / "scores.json").read_text())
+    assert f"{scores['accuracy']:.1%}" in evaluated.output
+    assert {"extract", "train", "evaluate", "control"} <= scores["seconds"].keys()
+    for name in ("loss.png", "examples.html", "predictions.jsonl", "predictions-shuffled.jsonl"):
+        assert (run / name).stat().st_size > 0
+    with_beams = cli("evaluate", run, "--set", "decode.num_beams=3", "--checkpoint", "last")
+    assert with_beams.exit_code == 0
+    assert json.loads((run / "scores.json").read_text())["decode"]["num_beams"] == 3
+    image = tmp_path / "images" / "11.png"
+    answer = cli("predict", run, "--image", image, "--ask", "what color is the shape?")
+    assert answer.exit_code == 0, answer.output
+
+
+def test_predict_answers_as_evaluate_does(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    """The same question through raw image and through the cache."""
+    cli("run", toy(train={"steps": 20, "lr": 0.03}))
+    run = tmp_path / "runs" / "toy"
+    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    for row in rows[:4]:
+        answer = cli("predict", run, "--image", tmp_path / row["media"], "--ask", row["prompt"])
+        assert answer.stdout.strip() == row["prediction"]
+
+
+def test_run_does_everything_and_again_without_extraction(cli: Cli, toy: Toy) -> None:
+    recipe = toy()
+    first = cli("run", recipe)
+    assert first.exit_code == 0, first.output
+    assert "12 media in" in first.output
+    second = cli("run", recipe, "--overwrite")
+    assert "nothing to do" in second.output
+    assert "overall" in second.output
+
+
+def test_captions_go_through(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    lines = [
+        {
+            "id": number,
+            "media": f"images/{number}.png",
+            "captions": ["a red circle", "one circle"],
+            "split": "train" if number < 8 else "test",
+        }
+        for number in range(12)
+    ]
+    data = tmp_path / "captions.jsonl"
+    recipe = toy(data={"path": str(data)})
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = cli("run", recipe)
+    assert done.exit_code == 0, done.output
+
+
+def test_bad_recipe(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    refused(cli("extract", toy(), "--set", "train.lrr=1"), "train.lrr", "did you mean lr?")
+    refused(cli("train", tmp_path / "gone.yaml"), "gone.yaml", "cannot read")
+    refused(cli("train", toy(), "--set", "device=tpu9"), "device: 'tpu9'", "try auto")
+
+
+def test_missing_and_broken_image(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy()
+    cli("extract", recipe)
+    before = {p: p.read_bytes() for p in (tmp_path / "features").rglob("c/*/0/0/0")}
+    assert before
+    (tmp_path / "images" / "3.png").unlink()
+    (tmp_path / "images" / "4.png").write_bytes(b"\x89PNG broken")
+    refused(
+        cli("extract", recipe), "2 media", "images/3.png", "images/4.png", "data.bad_media=skip"
+    )
+    assert all(path.read_bytes() == content for path, content in before.items())
+    refused(cli("predict", tmp_path, "--image", "x", "--ask", "y"), "not a run folder")
+
+
+def test_question_file_with_a_missing_field(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy()
+    data = tmp_path / "toy.jsonl"
+    lines = data.read_text().splitlines()
+    record = json.loads(lines[4])
+    del record["media"]
+    data.write_text("\n".join([*lines[:4], json.dumps(record), *lines[5:]]))
+    refused(cli("extract", recipe), "toy.jsonl, line 5: field 'media' is missing")
+    assert not (tmp_path / "features").exists()
+
+
+def test_training_before_extraction(cli: Cli, toy: Toy) -> None:
+    refused(cli("train", toy()), "no feature set here; run `extract`")
+
+
+def test_cache_of_another_encoder(cli: Cli, toy: Toy, vit_folder: Path, tmp_path: Path) -> None:
+    recipe = toy()
+    cli("extract", recipe)
+    other = tmp_path / "vit"
+    shutil.copytree(vit_folder, other)
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    refused(
+        cli("train", recipe, "--set", f"encoder.weights={other}"), "no feature set fits", "weights:"
+    )
+    refused(cli("train", recipe, "--set", "encoder.final_norm=false"), "final_norm: True there")
+    assert cli("train", recipe).exit_code == 0
+
+
+def test_run_folder_without_weights(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe, run = toy(), tmp_path / "runs" / "toy"
+    cli("run", recipe)
+    shutil.rmtree(run / "checkpoints")
+    refused(cli("evaluate", run), "holds no trained weights", "run `train` first")
+    refused(cli("evaluate", tmp_path), "not a run folder")
+
+
+def test_prediction_of_a_broken_image(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    cli("run", toy())
+    run, image = tmp_path / "runs" / "toy", tmp_path / "broken.jpg"
+    image.write_bytes(b"no image")
+    refused(cli("predict", run, "--image", image, "--ask", "what?"), "broken.jpg: cannot be decoded")
+    refused(cli("predict", run, "--image", tmp_path / "no.jpg", "--ask", "what?"), "no.jpg")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lm.weights=/nowhere", ["/nowhere", "no such file or folder"]),
+        ("variant.encoder_layers=9", ["variant.encoder_layers: 9 wanted, the encoder has 4"]),
+        (f"text.special_tokens={[f'<{i}>' for i in range(200)]}", ["special_tokens", "embedding rows"]),
+        ("train.batch_size=5000", ["train.batch_size"]),
+    ],
+)
+def test_what_does_not_fit(cli: Cli, toy: Toy, override: str, words: list[str]) -> None:
+    recipe = toy()
+    cli("extract", recipe)
+    refused(cli("train", recipe, "--set", override), *words)
+
+
+def test_lm_folder_that_is_none(cli: Cli, toy: Toy, tmp_path: Path, vit_folder: Path) -> None:
+    recipe = toy()
+    cli("extract", recipe)
+    refused(cli("train", recipe, "--set", f"lm.weights={vit_folder}"), "cannot be loaded")
+    refused(cli("train", recipe, "--set", f"lm.weights={recipe}"), "neither a model folder nor")

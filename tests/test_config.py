@@ -1,0 +1,90 @@
+"""Recipes: validation, overrides, extension, and every recipe we ship."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from epalm.config import Recipe, dump_recipe, load_recipe
+from epalm.errors import EpalmError
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+DEMO = ROOT / "recipes" / "demo.yaml"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_recipes_load(path: Path) -> None:
+    assert load_recipe(path).name
+    head = path.read_text().split("\n", 1)[0]
+    assert head.startswith("# "), "a recipe's head says what it is"
+
+
+def test_resolved_recipe_loads_back(tmp_path: Path) -> None:
+    recipe = load_recipe(DEMO, ("train.lr=1e-3",))
+    assert recipe.train.lr == 0.001
+    written = tmp_path / "recipe.yaml"
+    written.write_text(dump_recipe(recipe))
+    assert load_recipe(written) == recipe
+
+
+def test_every_field_is_documented_or_plain() -> None:
+    """A field without description is one whose name says it all: short, and listed here."""
+    plain = {
+        "train", "val", "test", "limits", "arch", "batch_size", "layers", "prompt_schedule",
+        "weight_decay", "betas", "num_beams", "max_new_tokens", "length_penalty", "split", "steps",
+        "data", "text", "encoder", "store", "lm", "variant", "decode", "evaluate",
+    }  # fmt: skip
+    sections = [Recipe, *(f.annotation for f in Recipe.model_fields.values())]
+    for section in sections:
+        for name, field in getattr(section, "model_fields", {}).items():
+            assert field.description or name in plain, f"{section.__name__}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lrr=1", ["train.lrr", "did you mean lr?"]),
+        ("trian.lr=1", ["trian", "did you mean train?"]),
+        ("train.lr=-1", ["train.lr", "greater than 0"]),
+        ("train.lr=.nan", ["train.lr", "finite"]),
+        ("train.steps=ten", ["train.steps", "'ten'"]),
+        ("variant.connection=both", ["variant.connection", "'separate' or 'shared'"]),
+        ("text.template=hello", ["text", "{prompt}"]),
+        ("name=a/b", ["name", "'a/b'"]),
+        ("train", ["--set train", "section.key=value"]),
+        ("name.first=1", ["name.first=1", "has no keys"]),
+    ],
+)
+def test_bad_overrides(override: str, words: list[str]) -> None:
+    with pytest.raises(EpalmError) as error:
+        load_recipe(DEMO, (override,))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_extends_merges_sections(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(DEMO.read_text())
+    child = tmp_path / "child.yaml"
+    child.write_text(yaml.safe_dump({"extends": "base.yaml", "name": "child", "train": {"lr": 0.5}}))
+    recipe, base = load_recipe(child), load_recipe(DEMO)
+    assert (recipe.name, recipe.train.lr) == ("child", 0.5)
+    assert recipe.train.steps == base.train.steps
+    assert recipe.encoder == base.encoder
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("- a list", "mapping"),
+        ("name: [", "not valid YAML"),
+        ("extends: self.yaml", "extends itself"),
+        ("extends: gone.yaml", "cannot read"),
+        ("name: x", "data: Field required"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, word: str) -> None:
+    path = tmp_path / "self.yaml"
+    path.write_text(text)
+    with pytest.raises(EpalmError, match=word):
+        load_recipe(path)

@@ -1,0 +1,226 @@
+"""Training on cached features: batches, schedule, learning, and resuming bit for bit."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from epalm.config import Recipe, TrainConfig, load_recipe
+from epalm.data import load_dataset
+from epalm.errors import EpalmError
+from epalm.evaluate.scores import validate
+from epalm.extract.loop import extract
+from epalm.model.text import TextCodec
+from epalm.train.batches import TrainingBatches
+from epalm.train.checkpoint import Progress, load_weights
+from epalm.train.loop import train
+from epalm.train.optimiser import learning_rates, make_optimiser
+from epalm.train.parts import Parts, assemble
+from epalm.train.run import Run
+
+
+@pytest.fixture
+def prepare(toy: Callable[..., Path]) -> Callable[..., Parts]:
+    """Extracts once and assembles a toy recipe with overrides."""
+
+    def build(*overrides: str) -> Parts:
+        recipe = load_recipe(toy(), overrides)
+        extract(recipe, load_dataset(recipe))
+        return assemble(recipe)
+
+    return build
+
+
+def batches_of(parts: Parts) -> TrainingBatches:
+    examples = parts.dataset.split("train")
+    return TrainingBatches(examples, parts.features, parts.codec, parts.recipe, parts.device)
+
+
+def test_batches_hold_prompts_answers_and_their_media(prepare: Callable[..., Parts]) -> None:
+    parts = prepare()
+    batches, tokenizer = batches_of(parts), parts.codec.tokenizer
+    by_text = {
+        (parts.recipe.text.template.format(prompt=e.prompt), e.references[0], e.media)
+        for e in parts.dataset.split("train")
+    }
+    batch = batches[0]
+    media = {tuple(parts.features.fetch([m]).flatten().tolist()): m for m in parts.dataset.media}
+    for row in range(8):
+        real = batch.attention_mask[row].bool()
+        ids, labels = batch.input_ids[row][real].tolist(), batch.labels[row][real].tolist()
+        learnt = [label for label in labels if label != -100]
+        assert learnt[-1] == tokenizer.eos_token_id
+        assert ids[0] == tokenizer.bos_token_id
+        answer = tokenizer.decode(learnt[:-1]).strip()
+        prompt = tokenizer.decode(ids[1 : len(ids) - len(learnt) + 1])
+        shown = media[tuple(batch.features[batch.rows[row]].flatten().tolist())]
+        assert (prompt, answer, shown) in by_text
+        assert labels[-len(learnt) :] == learnt
+        assert ids[len(ids) - len(learnt) + 1 :] == learnt[:-1]
+
+
+def test_all_text_is_learnt_when_the_recipe_says_so(prepare: Callable[..., Parts]) -> None:
+    batch = batches_of(prepare("train.loss=all"))[0]
+    assert torch.equal(batch.labels != -100, batch.attention_mask.bool())
+    inside = (batch.labels != -100)[:, :-1]
+    assert torch.equal(batch.labels[:, :-1][inside], batch.input_ids[:, 1:][inside])
+
+
+def test_an_epoch_shows_every_example_once_and_little_padding(
+    prepare: Callable[..., Parts],
+) -> None:
+    parts = prepare("train.examples_per_media=2")
+    batches = batches_of(parts)
+    count = len(batches.examples) // 8
+    first = [batches._shuffled(0), batches._shuffled(0), batches._shuffled(1)]
+    assert first[0] == first[1] != first[2]
+    assert len(first[0]) == count * 8 == len(set(first[0]))
+    epoch = [batches[step] for step in range(count)]
+    share = sum(float(b.attention_mask.sum()) for b in epoch) / sum(
+        b.attention_mask.numel() for b in epoch
+    )
+    assert share > 0.85  # nine batches of eight; shuffled without regard to length it is 0.7
+
+
+def test_too_few_examples(prepare: Callable[..., Parts]) -> None:
+    with pytest.raises(EpalmError, match="train.batch_size: 1000 wanted, the dataset has only"):
+        batches_of(prepare("train.batch_size=1000"))
+
+
+def test_schedule() -> None:
+    config = TrainConfig(
+        steps=101, lr=2e-5, warmup_lr=1e-5, min_lr=1e-6, warmup=0.2, prompt_lr=1e-5
+    )
+    rates = [learning_rates(step, config)[0] for step in range(101)]
+    assert rates[0] == pytest.approx(1e-5 + 1e-5 / 20)
+    assert max(rates) == rates[19] == pytest.approx(2e-5)
+    assert rates[60] == pytest.approx((2e-5 + 1e-6) / 2)
+    assert rates[100] == pytest.approx(1e-6)
+    assert learning_rates(60, config)[1] == pytest.approx(rates[60] / 2)
+    constant = config.model_copy(update={"prompt_schedule": "constant"})
+    assert {learning_rates(step, constant)[1] for step in range(101)} == {1e-5}
+
+
+def test_optimiser_holds_exactly_the_trained_parts(prepare: Callable[..., Parts]) -> None:
+    model = prepare().model
+    groups = make_optimiser(model, TrainConfig(steps=1)).param_groups
+    assert [len(g["params"]) for g in groups] == [6, 5]
+    held = {id(p) for g in groups for p in g["params"]}
+    assert held == {id(p) for p in model.trained.parameters()}
+
+
+def test_it_learns_and_leaves_the_lm_alone(prepare: Callable[..., Parts]) -> None:
+    parts = prepare("train.steps=60", "train.lr=0.03", "variant.prompt_mlp=false")
+    frozen = {name: value.clone() for name, value in parts.model.lm.state_dict().items()}
+    run = Run.create(parts.recipe)
+    progress = train(run, parts, validate)
+    losses = [line["loss"] for line in run.read_metrics() if "loss" in line]
+    assert sum(losses[-9:]) / 9 < 0.65 * losses[0]  # nine batches are an epoch
+    assert progress.step == 60
+    assert all(torch.equal(value, frozen[name]) for name, value in parts.model.lm.state_dict().items())
+    saved = load_file(run.best)
+    assert saved.keys() == {f"trained.{name}" for name, _ in parts.model.trained.named_parameters()}
+    assert run.stages()["train"].seconds > 0
+    assert any((run.folder / "tensorboard").iterdir())
+    assert load_recipe(run.folder / "recipe.yaml") == parts.recipe
+
+
+def test_resuming_gives_the_same_weights_bit_for_bit(
+    prepare: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepare(f"runs={tmp_path / 'whole'}")
+    train(Run.create(whole.recipe), whole, validate)
+
+    cut = prepare(f"runs={tmp_path / 'cut'}")
+    real = TrainingBatches.__getitem__
+
+    def killed(self: TrainingBatches, step: int) -> object:
+        if step == 3:
+            raise KeyboardInterrupt
+        return real(self, step)
+
+    monkeypatch.setattr(TrainingBatches, "__getitem__", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(Run.create(cut.recipe), cut, validate)
+    monkeypatch.undo()
+    resumed = assemble(cut.recipe)
+    run = Run.create(cut.recipe)
+    assert train(run, resumed, validate).step == 6
+
+    for name in ("last", "best"):
+        files = [tmp_path / kind / "toy" / "checkpoints" / f"{name}.safetensors" for kind in ("whole", "cut")]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+    lines = [
+        [json.loads(line) for line in (tmp_path / kind / "toy" / "metrics.jsonl").read_text().splitlines()]
+        for kind in ("whole", "cut")
+    ]
+    kept = ("step", "loss", "lr", "val_accuracy")
+    one, other = ([{k: line[k] for k in kept if k in line} for line in some] for some in lines)
+    assert one == other
+
+
+def test_a_finished_run_is_not_trained_again(prepare: Callable[..., Parts]) -> None:
+    parts = prepare()
+    run = Run.create(parts.recipe)
+    train(run, parts, validate)
+    before = run.last.read_bytes()
+    assert train(Run.create(parts.recipe), parts, validate).step == 6
+    assert run.last.read_bytes() == before
+
+
+def test_a_run_of_another_recipe_is_not_touched(prepare: Callable[..., Parts]) -> None:
+    parts = prepare()
+    run = Run.create(parts.recipe)
+    train(run, parts, validate)
+    changed = parts.recipe.model_copy(
+        update={"train": parts.recipe.train.model_copy(update={"lr": 0.5})}
+    )
+    with pytest.raises(EpalmError, match=r"train\.lr: 0\.01 there, 0\.5 wanted"):
+        Run.create(changed)
+    assert run.last.is_file()
+    assert not Run.create(changed, overwrite=True).last.exists()
+
+
+def test_without_validation_the_last_weights_are_the_best(prepare: Callable[..., Parts]) -> None:
+    parts = prepare()
+    run = Run.create(parts.recipe)
+    assert train(run, parts, None).best_step == 6
+    assert load_weights(run.best, parts.model) == Progress(6, -1.0, 6)
+
+
+def test_a_diverging_loss_stops_and_keeps_the_checkpoint(
+    prepare: Callable[..., Parts],
+) -> None:
+    parts = prepare("train.lr=1e30", "train.checkpoint_every=1", "train.steps=20")
+    run = Run.create(parts.recipe)
+    with pytest.raises(EpalmError, match="lower train.lr"):
+        train(run, parts, None)
+    assert run.last.is_file()
+
+
+def test_checkpoint_errors(prepare: Callable[..., Parts], tmp_path: Path) -> None:
+    parts = prepare()
+    run = Run.create(parts.recipe)
+    train(run, parts, None)
+    other = prepare("variant.prompt_length=2", f"runs={tmp_path / 'other'}")
+    with pytest.raises(EpalmError, match="does not fit the recipe's variant"):
+        load_weights(run.best, other.model)
+    run.best.write_bytes(run.best.read_bytes()[:100])
+    with pytest.raises(EpalmError, match="not a readable checkpoint"):
+        load_weights(run.best, parts.model)
+    with pytest.raises(EpalmError, match="no such checkpoint"):
+        load_weights(tmp_path / "gone.safetensors", parts.model)
+
+
+def test_prompts_too_long_or_empty(prepare: Callable[..., Parts], toy_recipe: Recipe) -> None:
+    codec = prepare().codec
+    with pytest.raises(EpalmError, match="shorten it or raise text.max_prompt_tokens"):
+        codec.prompt("word " * 400)
+    tokenizer = codec.tokenizer
+    tokenizer.backend_tokenizer.post_processor = None
+    bare = TextCodec(tokenizer, toy_recipe.text.model_copy(update={"template": "{prompt}"}))
+    with pytest.raises(EpalmError, match="add a word to it"):
+        bare.prompt("")
