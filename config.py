@@ -145,8 +145,9 @@ class TrainConfig(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm; None: no limit")
     loss: Literal["answer", "all"] = Field(
-        "answer", description="answer: mean over answer and EOS tokens; all: summed over all text "
-        "tokens, divided by the batch, times loss_scale (conventions 12, 13)"
+        "answer",
+        description="answer: mean over answer and EOS tokens; all: summed over all text "
+        "tokens, divided by the batch, times loss_scale (conventions 12, 13)",
     )
     loss_scale: float = Field(1.0, gt=0, description="factor on the loss; the reference's is 0.1")
     log_every: Positive = Field(10, description="steps between metric lines")

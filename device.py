@@ -26,8 +26,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     A CPU without bf16 instructions emulates them about eight times slower than float32.
     """
     if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
+        return getattr(torch, name)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":

@@ -1,13 +1,14 @@
 """The command line: a thin table of commands, each of which imports its stage inside itself.
 
-    extract RECIPE          run the frozen encoder once, fill the feature store
-    train RECIPE            fit connections and soft prompt on the features
-    evaluate RUN            generate, score, and control with shuffled media
-    predict RUN             one image, one prompt, one answer
-    run RECIPE              extract, train and evaluate, one after the other
+extract RECIPE          run the frozen encoder once, fill the feature store
+train RECIPE            fit connections and soft prompt on the features
+evaluate RUN            generate, score, and control with shuffled media
+predict RUN             one image, one prompt, one answer
+run RECIPE              extract, train and evaluate, one after the other
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,11 @@ if __name__ == "__main__":
     # As a script, the checkout comes first on the path and its folders would shadow other packages
     # (Hugging Face's evaluate, say); everything of ours is imported as epalm.….
     sys.path.pop(0)
-    try:
-        import epalm
-    except ImportError:
+    if find_spec("epalm") is None:
         sys.exit("epalm is not installed; run `pip install -e .` in the checkout first")
 
 import click
+
 from epalm.errors import EpalmError
 
 if TYPE_CHECKING:

@@ -27,6 +27,6 @@ def accuracy_by_type(predictions: Sequence[str], examples: Sequence[Example]) ->
 
 
 def majority_answer(examples: Sequence[Example]) -> str:
-    """The most frequent reference of the training examples; ties go to the first in the alphabet."""
+    """The most frequent reference of the training examples; of equal ones the first by name."""
     counts = Counter(r for e in examples for r in e.references)
     return min(counts, key=lambda text: (-counts[text], text))

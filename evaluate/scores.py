@@ -61,15 +61,11 @@ def evaluate(run: Run, parts: Parts) -> dict[str, Any]:
 def validate(parts: Parts) -> float:
     """Accuracy on the recipe's validation examples."""
     recipe = parts.recipe
-    examples = choose_examples(
-        parts.dataset.split("val"), recipe.train.val_examples, recipe.seed
-    )
+    examples = choose_examples(parts.dataset.split("val"), recipe.train.val_examples, recipe.seed)
     return accuracy(_answers(parts, examples, None, "validate"), examples)
 
 
-def choose_examples(
-    examples: Sequence[Example], count: int | None, seed: int
-) -> Sequence[Example]:
+def choose_examples(examples: Sequence[Example], count: int | None, seed: int) -> Sequence[Example]:
     """A seeded choice of so many examples; None or too many: all."""
     if count is None or count >= len(examples):
         return examples

@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -37,14 +38,12 @@ def describe(recipe: Recipe, weights_at_hand: bool = True) -> FeatureSpec:
     Raises:
         EpalmError: unknown encoder or architecture, or weights that cannot be had.
     """
-    spec: FeatureSpec = _module(recipe).describe(recipe, weights_at_hand)
-    return spec
+    return _module(recipe).describe(recipe, weights_at_hand)
 
 
 def build(recipe: Recipe, device: torch.device) -> Encoder:
     """The encoder with its weights; EpalmError when they cannot be had."""
-    encoder: Encoder = _module(recipe).build(recipe, device)
-    return encoder
+    return _module(recipe).build(recipe, device)
 
 
 def weights_file(found: Path) -> Path:
@@ -57,7 +56,7 @@ def weights_file(found: Path) -> Path:
     return file
 
 
-def _module(recipe: Recipe):  # type: ignore[no-untyped-def]
+def _module(recipe: Recipe) -> ModuleType:
     kind = recipe.encoder.kind
     if kind not in ENCODERS:
         raise EpalmError(f"encoder.kind: {kind!r} is not one of {', '.join(ENCODERS)}")

@@ -21,7 +21,9 @@ from epalm.store.spec import FeatureSpec
 class TimmViT:
     """See `Encoder`. Features are (L, 1, D): one class token a layer."""
 
-    def __init__(self, model: Any, preprocess: dict[str, Any], recipe: Recipe, device: torch.device):
+    def __init__(
+        self, model: Any, preprocess: dict[str, Any], recipe: Recipe, device: torch.device
+    ):
         self.model = model.eval().requires_grad_(False).to(device)
         self.final_norm = recipe.encoder.final_norm
         self.dtype = getattr(torch, recipe.encoder.dtype)
@@ -31,8 +33,7 @@ class TimmViT:
     def preprocess(self, content: bytes) -> torch.Tensor:
         with Image.open(io.BytesIO(content)) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
-        pixels: torch.Tensor = self.transform(upright)
-        return pixels
+        return self.transform(upright)
 
     @torch.inference_mode()
     def encode(self, batch: torch.Tensor) -> torch.Tensor:

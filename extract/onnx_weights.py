@@ -56,7 +56,9 @@ def read_dinov2(path: Path) -> dict[str, torch.Tensor]:
 def _block(named: dict[str, torch.Tensor], hf: str, timm: str) -> dict[str, torch.Tensor]:
     block = {}
     for kind in ("weight", "bias"):
-        qkv = [named[f"{hf}attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
+        qkv = [
+            named[f"{hf}attention.attention.{part}.{kind}"] for part in ("query", "key", "value")
+        ]
         block[f"{timm}attn.qkv.{kind}"] = torch.cat(qkv)
         for ours, theirs in _INNER.items():
             block[f"{timm}{theirs}.{kind}"] = named[f"{hf}{ours}.{kind}"]

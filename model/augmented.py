@@ -105,13 +105,11 @@ class AugmentedLM(nn.Module, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.lm.device
-        return device
+        return self.lm.device
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.lm.dtype
-        return dtype
+        return self.lm.dtype
 
     def __getattr__(self, name: str) -> Any:
         """What Hugging Face's generation asks of a model beyond this class, the LM answers."""
@@ -252,7 +250,7 @@ class AugmentedLM(nn.Module, GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
@@ -277,10 +275,9 @@ class AugmentedLM(nn.Module, GenerationMixin):
         if use_cache and not self.reference_mask:
             cache = self.perceive(features, rows.repeat_interleave(num_beams))
             source = {"past_key_values": cache, "use_cache": True}
-        generated: torch.Tensor = super().generate(
+        return super().generate(
             input_ids, attention_mask=attention_mask, num_beams=num_beams, **source, **options
         )
-        return generated
 
     def _prompt_states(self) -> torch.Tensor:
         """The soft prompt entering layer 0: (1, P, H)."""

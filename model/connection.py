@@ -20,8 +20,5 @@ class Connection(nn.Module):
         """(M, n, D) features, of any number format, to (M, n, H) perceptual tokens."""
         features = features.to(self.linears[0].weight.dtype)
         if len(self.linears) == 1:
-            projected: torch.Tensor = self.linears[0](features)
-            return projected
-        return torch.stack(
-            [linear(features[:, i]) for i, linear in enumerate(self.linears)], dim=1
-        )
+            return self.linears[0](features)
+        return torch.stack([linear(features[:, i]) for i, linear in enumerate(self.linears)], dim=1)

@@ -3,7 +3,6 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
@@ -30,8 +29,7 @@ def load_lm(config: LMConfig, device: torch.device) -> PreTrainedModel:
         lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise EpalmError(_not_loadable(config.weights, folder, error)) from None
-    model: PreTrainedModel = lm.to(device).eval()
-    return model
+    return lm.to(device).eval()
 
 
 def load_tokenizer(lm: LMConfig, text: TextConfig, vocabulary_rows: int) -> PreTrainedTokenizerBase:
@@ -42,7 +40,7 @@ def load_tokenizer(lm: LMConfig, text: TextConfig, vocabulary_rows: int) -> PreT
     """
     folder = _folder(lm.weights)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise EpalmError(_not_loadable(lm.weights, folder, error)) from None
     if tokenizer.eos_token_id is None:
@@ -57,8 +55,7 @@ def load_tokenizer(lm: LMConfig, text: TextConfig, vocabulary_rows: int) -> PreT
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # pads are masked; any id serves
     tokenizer.padding_side = "left"
-    found: PreTrainedTokenizerBase = tokenizer
-    return found
+    return tokenizer
 
 
 def _folder(address: str) -> Path:

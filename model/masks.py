@@ -24,9 +24,7 @@ def prefix_mask(length: int, device: torch.device) -> torch.Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
 
 
-def joint_mask(
-    prompt: int, text: torch.Tensor, token: bool, token_sees_all: bool
-) -> torch.Tensor:
+def joint_mask(prompt: int, text: torch.Tensor, token: bool, token_sees_all: bool) -> torch.Tensor:
     """Mask of the whole sequence run at once: (B, 1, S, S), S = token + prompt + T.
 
     `token_sees_all` is the reference's mask: the perceptual token at position 0 sees everything,

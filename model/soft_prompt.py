@@ -22,5 +22,4 @@ class SoftPrompt(nn.Module):
 
     def forward(self) -> torch.Tensor:
         """The prompt (P, E)."""
-        prompt: torch.Tensor = self.mlp(self.embedding.weight)
-        return prompt
+        return self.mlp(self.embedding.weight)

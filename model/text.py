@@ -43,8 +43,7 @@ class TextCodec:
 
     def decode(self, ids: list[int]) -> str:
         """The text of generated ids up to the end token, without surrounding white space."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text.strip()
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def pad_left(sequences: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -47,7 +47,4 @@ def open_backend(
     if name not in BACKENDS:
         raise EpalmError(f"store.backend: {name!r} is not one of {', '.join(BACKENDS)}")
     module, cls = BACKENDS[name].split(":")
-    backend: ShardBackend = getattr(importlib.import_module(module), cls)(
-        folder, row_shape, dtype, shard_rows
-    )
-    return backend
+    return getattr(importlib.import_module(module), cls)(folder, row_shape, dtype, shard_rows)

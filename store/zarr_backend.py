@@ -32,9 +32,9 @@ class ZarrBackend:
         mask = np.zeros(len(block), np.uint8)
         mask[: len(rows)] = valid
         self._grow((shard + 1) * len(block))
-        write_atomic(self._chunk(shard), memoryview(block).cast("B"))
-        write_atomic(self.folder / "valid" / "c" / str(shard), memoryview(mask))
-        return hashlib.sha256(block).hexdigest()
+        write_atomic(self._chunk(shard), block.data.cast("B"))
+        write_atomic(self.folder / "valid" / "c" / str(shard), mask.data)
+        return hashlib.sha256(block.data).hexdigest()
 
     def is_whole(self, shard: int) -> bool:
         size = int(np.prod(self.block_shape)) * self.dtype.itemsize

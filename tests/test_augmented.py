@@ -181,9 +181,7 @@ def test_text_alone_equals_the_untouched_lm(lm: PreTrainedModel) -> None:
         expected = lm(ids, attention_mask=mask, position_ids=positions.clamp(min=0)).logits
         if lm.config.model_type == "opt":
             expected = lm(ids, attention_mask=mask).logits
-    torch.testing.assert_close(
-        family.logits(hidden)[mask.bool()], expected[mask.bool()], **FLOAT
-    )
+    torch.testing.assert_close(family.logits(hidden)[mask.bool()], expected[mask.bool()], **FLOAT)
 
 
 def test_unknown_family() -> None:

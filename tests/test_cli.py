@@ -141,7 +141,9 @@ def test_prediction_of_a_broken_image(cli: Cli, toy: Toy, tmp_path: Path) -> Non
     cli("run", toy())
     run, image = tmp_path / "runs" / "toy", tmp_path / "broken.jpg"
     image.write_bytes(b"no image")
-    refused(cli("predict", run, "--image", image, "--ask", "what?"), "broken.jpg: cannot be decoded")
+    refused(
+        cli("predict", run, "--image", image, "--ask", "what?"), "broken.jpg: cannot be decoded"
+    )
     refused(cli("predict", run, "--image", tmp_path / "no.jpg", "--ask", "what?"), "no.jpg")
 
 
@@ -150,7 +152,10 @@ def test_prediction_of_a_broken_image(cli: Cli, toy: Toy, tmp_path: Path) -> Non
     [
         ("lm.weights=/nowhere", ["/nowhere", "no such file or folder"]),
         ("variant.encoder_layers=9", ["variant.encoder_layers: 9 wanted, the encoder has 4"]),
-        (f"text.special_tokens={[f'<{i}>' for i in range(200)]}", ["special_tokens", "embedding rows"]),
+        (
+            f"text.special_tokens={[f'<{i}>' for i in range(200)]}",
+            ["special_tokens", "embedding rows"],
+        ),
         ("train.batch_size=5000", ["train.batch_size"]),
     ],
 )

@@ -66,7 +66,9 @@ def test_bad_overrides(override: str, words: list[str]) -> None:
 def test_extends_merges_sections(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(DEMO.read_text())
     child = tmp_path / "child.yaml"
-    child.write_text(yaml.safe_dump({"extends": "base.yaml", "name": "child", "train": {"lr": 0.5}}))
+    child.write_text(
+        yaml.safe_dump({"extends": "base.yaml", "name": "child", "train": {"lr": 0.5}})
+    )
     recipe, base = load_recipe(child), load_recipe(DEMO)
     assert (recipe.name, recipe.train.lr) == ("child", 0.5)
     assert recipe.train.steps == base.train.steps

@@ -94,11 +94,18 @@ def test_scores_and_predictions_agree(trained: tuple[Run, Parts]) -> None:
         "trained_parameters", "total_parameters", "seconds",
     } <= scores.keys()  # fmt: skip
     examples = parts.dataset.split("test")
-    rows = [json.loads(line) for line in (run.folder / "predictions.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (run.folder / "predictions.jsonl").read_text().splitlines()
+    ]
     assert [row["id"] for row in rows] == [e.id for e in examples]
     assert scores["accuracy"] == sum(row["match"] for row in rows) / len(rows)
-    control = [json.loads(line) for line in (run.folder / "predictions-shuffled.jsonl").read_text().splitlines()]
-    assert all(a["media"] != b["media"] and a["id"] == b["id"] for a, b in zip(rows, control, strict=True))
+    control = [
+        json.loads(line)
+        for line in (run.folder / "predictions-shuffled.jsonl").read_text().splitlines()
+    ]
+    assert all(
+        a["media"] != b["media"] and a["id"] == b["id"] for a, b in zip(rows, control, strict=True)
+    )
     assert {"train", "evaluate", "control"} <= scores["seconds"].keys()
     trained_count = sum(p.numel() for p in parts.model.trained.parameters())
     assert scores["trained_parameters"] == trained_count
@@ -114,7 +121,9 @@ def test_evaluating_twice_gives_the_same(trained: tuple[Run, Parts]) -> None:
 
 def test_missing_split(trained: tuple[Run, Parts]) -> None:
     run, parts = trained
-    parts = replace(parts, dataset=parts.dataset.without_media(e.media for e in parts.dataset.split("test")))
+    parts = replace(
+        parts, dataset=parts.dataset.without_media(e.media for e in parts.dataset.split("test"))
+    )
     with pytest.raises(EpalmError, match="the dataset has no test examples"):
         evaluate(run, parts)
 

@@ -14,8 +14,8 @@ from epalm.config import Recipe, load_recipe
 from epalm.data import load_dataset
 from epalm.errors import EpalmError
 from epalm.extract.encoder import build, describe
-from epalm.extract.loop import extract
 from epalm.extract.lookup import open_features
+from epalm.extract.loop import extract
 
 CPU = torch.device("cpu")
 
@@ -107,7 +107,9 @@ def test_interrupted_extraction_resumes_to_the_same_bytes(
     assert shards(tmp_path / "cut") == shards(tmp_path / "whole")
 
 
-def test_batch_size_changes_values_by_noise_at_most(toy: Callable[..., Path], tmp_path: Path) -> None:
+def test_batch_size_changes_values_by_noise_at_most(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
     values = []
     for size in (1, 4):
         root = tmp_path / f"by{size}"

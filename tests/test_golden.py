@@ -103,7 +103,11 @@ def our_name(key: str) -> str:
         return key.replace("connector.", "connection.linears.")
     rest = key.removeprefix("prompt_module.prefix_embedding.")
     index, kind = rest.split(".")
-    return "soft_prompt.embedding.weight" if index == "0" else f"soft_prompt.mlp.{int(index) - 1}.{kind}"
+    return (
+        "soft_prompt.embedding.weight"
+        if index == "0"
+        else f"soft_prompt.mlp.{int(index) - 1}.{kind}"
+    )
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda path: path.stem)
@@ -145,7 +149,10 @@ def test_layer_inputs_and_logits(case: Case) -> None:
 
 def test_masks(case: Case) -> None:
     prompt, start = case.model.prompt_length, case.model.plan.start
-    for name, layer in (("attn_mask_first", 0), ("attn_mask_last", len(case.model.plan.source) - 1)):
+    for name, layer in (
+        ("attn_mask_first", 0),
+        ("attn_mask_last", len(case.model.plan.source) - 1),
+    ):
         ours = joint_mask(prompt, case["attention_mask"], layer >= start, token_sees_all=True)
         assert torch.equal(ours, case[name] == 0)
 

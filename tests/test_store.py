@@ -56,7 +56,9 @@ class BackendContract:
             backend.map(0)[0] = 0
 
     def test_checksum_is_of_the_values(self, backend: ShardBackend) -> None:
-        sums = [backend.write(n, rows(4, seed), np.ones(4, bool)) for n, seed in enumerate((0, 0, 1))]
+        sums = [
+            backend.write(n, rows(4, seed), np.ones(4, bool)) for n, seed in enumerate((0, 0, 1))
+        ]
         assert sums[0] == sums[1] != sums[2]
 
     def test_whole_only_when_whole(self, backend: ShardBackend, tmp_path: Path) -> None:
@@ -187,7 +189,9 @@ def test_without_the_weights_a_set_is_found_if_it_is_the_only_one(
     tree = json.loads(SPEC.canonical())
     anyone = FeatureSpec.from_json(json.dumps(tree | {"weights": ""}))
     assert find(tmp_path, anyone).spec == SPEC
-    FeatureSet.create(tmp_path, FeatureSpec.from_json(json.dumps(tree | {"weights": "cd"})), Layout("zarr", 4))
+    FeatureSet.create(
+        tmp_path, FeatureSpec.from_json(json.dumps(tree | {"weights": "cd"})), Layout("zarr", 4)
+    )
     with pytest.raises(EpalmError, match="differ only in the encoder's weights"):
         find(tmp_path, anyone)
 

@@ -120,7 +120,9 @@ def test_it_learns_and_leaves_the_lm_alone(prepare: Callable[..., Parts]) -> Non
     losses = [line["loss"] for line in run.read_metrics() if "loss" in line]
     assert sum(losses[-9:]) / 9 < 0.65 * losses[0]  # nine batches are an epoch
     assert progress.step == 60
-    assert all(torch.equal(value, frozen[name]) for name, value in parts.model.lm.state_dict().items())
+    assert all(
+        torch.equal(value, frozen[name]) for name, value in parts.model.lm.state_dict().items()
+    )
     saved = load_file(run.best)
     assert saved.keys() == {f"trained.{name}" for name, _ in parts.model.trained.named_parameters()}
     assert run.stages()["train"].seconds > 0
@@ -151,10 +153,16 @@ def test_resuming_gives_the_same_weights_bit_for_bit(
     assert train(run, resumed, validate).step == 6
 
     for name in ("last", "best"):
-        files = [tmp_path / kind / "toy" / "checkpoints" / f"{name}.safetensors" for kind in ("whole", "cut")]
+        files = [
+            tmp_path / kind / "toy" / "checkpoints" / f"{name}.safetensors"
+            for kind in ("whole", "cut")
+        ]
         assert files[0].read_bytes() == files[1].read_bytes(), name
     lines = [
-        [json.loads(line) for line in (tmp_path / kind / "toy" / "metrics.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)
+            for line in (tmp_path / kind / "toy" / "metrics.jsonl").read_text().splitlines()
+        ]
         for kind in ("whole", "cut")
     ]
     kept = ("step", "loss", "lr", "val_accuracy")

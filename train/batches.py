@@ -13,7 +13,6 @@ from epalm.errors import EpalmError
 from epalm.extract.lookup import FeatureTable
 from epalm.model.text import TextCodec, pad_left
 
-
 POOL_BATCHES = 8  # batches among which examples are sorted by length
 
 

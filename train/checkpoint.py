@@ -56,7 +56,9 @@ def load_weights(path: Path, model: AugmentedLM) -> Progress:
         EpalmError: no such file, unreadable, or of another variant.
     """
     tensors, progress = _read(path)
-    weights = {k.removeprefix("trained."): v for k, v in tensors.items() if k.startswith("trained.")}
+    weights = {
+        k.removeprefix("trained."): v for k, v in tensors.items() if k.startswith("trained.")
+    }
     try:
         model.trained.load_state_dict(weights)
     except RuntimeError as error:

@@ -31,9 +31,7 @@ def example_losses(
     return sums, labelled.sum(dim=1)
 
 
-def batch_loss(
-    sums: torch.Tensor, counts: torch.Tensor, config: TrainConfig
-) -> torch.Tensor:
+def batch_loss(sums: torch.Tensor, counts: torch.Tensor, config: TrainConfig) -> torch.Tensor:
     """The scalar that is minimised.
 
     `answer`: mean over all labels. `all`: sum over labels divided by B, as the official code does

@@ -1,12 +1,12 @@
 """The run folder that a training leaves.
 
-    RUNS/NAME/
-        recipe.yaml                  the recipe, resolved
-        metrics.jsonl                one line per logged step and per validation
-        tensorboard/                 the same for TensorBoard
-        checkpoints/last.safetensors, best.safetensors
-        stages.json                  time and rate of each stage
-        predictions.jsonl, predictions-shuffled.jsonl, scores.json, loss.png, examples.html
+RUNS/NAME/
+    recipe.yaml                  the recipe, resolved
+    metrics.jsonl                one line per logged step and per validation
+    tensorboard/                 the same for TensorBoard
+    checkpoints/last.safetensors, best.safetensors
+    stages.json                  time and rate of each stage
+    predictions.jsonl, predictions-shuffled.jsonl, scores.json, loss.png, examples.html
 """
 
 import json

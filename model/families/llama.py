@@ -21,8 +21,7 @@ class LlamaFamily:
         self.hidden_size = self.prompt_width = lm.config.hidden_size
 
     def embed_text(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        words: torch.Tensor = self.decoder.embed_tokens(ids)
-        return words
+        return self.decoder.embed_tokens(ids)
 
     def embed_prompt(self, prompt: torch.Tensor) -> torch.Tensor:
         return prompt
@@ -42,5 +41,4 @@ class LlamaFamily:
         return {"position_embeddings": self.decoder.rotary_emb(hidden, position_ids=places)}
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.head(self.decoder.norm(hidden))
-        return logits
+        return self.head(self.decoder.norm(hidden))

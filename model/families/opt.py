@@ -23,7 +23,7 @@ class OPTFamily:
     def embed_text(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         words = self._project_in(self.decoder.embed_tokens(ids))
         table = self.decoder.embed_positions
-        return words + table(None, position_ids=positions)  # type: ignore[no-any-return]
+        return words + table(None, position_ids=positions)
 
     def embed_prompt(self, prompt: torch.Tensor) -> torch.Tensor:
         return self._project_in(prompt)
@@ -39,11 +39,7 @@ class OPTFamily:
             hidden = self.decoder.final_layer_norm(hidden)
         if self.decoder.project_out is not None:
             hidden = self.decoder.project_out(hidden)
-        logits: torch.Tensor = self.head(hidden)
-        return logits
+        return self.head(hidden)
 
     def _project_in(self, words: torch.Tensor) -> torch.Tensor:
-        if self.decoder.project_in is None:
-            return words
-        projected: torch.Tensor = self.decoder.project_in(words)
-        return projected
+        return words if self.decoder.project_in is None else self.decoder.project_in(words)
