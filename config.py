@@ -65,7 +65,13 @@ class TextConfig(Section):
 
     @model_validator(mode="after")
     def _has_slot(self) -> "TextConfig":
-        if "{prompt}" not in self.template:
+        try:
+            filled = self.template.format(prompt="\0")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"template may hold no other braces than {{prompt}} ({error})"
+            ) from None
+        if "\0" not in filled:
             raise ValueError("template must contain {prompt}")
         return self
 
@@ -136,7 +142,7 @@ class TrainConfig(Section):
         4, description="at most so many examples about one media stand together in a batch"
     )
     lr: float = Field(2e-5, gt=0, description="peak learning rate of the connections")
-    warmup_lr: float = Field(0.0, ge=0, description="learning rate at the first step")
+    warmup_lr: float = Field(0.0, ge=0, description="learning rate that the warm-up starts from")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the last step")
     warmup: Fraction = Field(0.1, description="share of the steps spent warming up")
     prompt_lr: float | None = Field(None, gt=0, description="of the soft prompt; default: lr")

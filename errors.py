@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend."""
+"""Mistakes a user can mend."""
 
 
 class EpalmError(Exception):
@@ -6,3 +6,7 @@ class EpalmError(Exception):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+class NotHereError(EpalmError):
+    """Weights or data that are neither on this machine nor can be fetched now."""

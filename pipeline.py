@@ -5,6 +5,7 @@ train RECIPE            fit connections and soft prompt on the features
 evaluate RUN            generate, score, and control with shuffled media
 predict RUN             one image, one prompt, one answer
 run RECIPE              extract, train and evaluate, one after the other
+show RUN                the table of a run's scores
 """
 
 import sys
@@ -120,11 +121,29 @@ def predict(
 def run(recipe: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
     """Extract, train and evaluate."""
     from epalm.config import load_recipe
+    from epalm.data import load_dataset
+    from epalm.evaluate.scores import evaluation_examples
 
     loaded = load_recipe(recipe, overrides)
+    evaluation_examples(loaded, load_dataset(loaded))  # before hours are spent
     _extract(loaded)
     finished, parts = _train(loaded, overwrite)
     _evaluate(finished, parts, "best")
+
+
+@main.command()
+@run_argument
+def show(folder: Path) -> None:
+    """Print the table of a run's scores."""
+    import json
+
+    from epalm.evaluate.table import format_table
+    from epalm.train.run import Run
+
+    scores = Run.open(folder).scores
+    if not scores.is_file():
+        raise EpalmError(f"{scores}: not there; run `evaluate` first")
+    click.echo(format_table(json.loads(scores.read_text(encoding="utf-8"))))
 
 
 def _extract(recipe: "Recipe") -> None:
@@ -134,7 +153,10 @@ def _extract(recipe: "Recipe") -> None:
     report = encode(recipe, load_dataset(recipe))
     features = report.features
     if not report.encoded:
-        click.echo(f"extract: all {report.found} media are in {features.folder}, nothing to do")
+        failed = f" but {len(report.failed)} that cannot be used" if report.failed else ""
+        click.echo(
+            f"extract: all {report.found} media{failed} are in {features.folder}, nothing to do"
+        )
         return
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     click.echo(
@@ -146,13 +168,16 @@ def _extract(recipe: "Recipe") -> None:
 
 def _train(recipe: "Recipe", overwrite: bool) -> tuple["Run", "Parts"]:
     from epalm.evaluate.scores import validate
+    from epalm.train.batches import TrainingBatches
     from epalm.train.loop import train as fit
     from epalm.train.parts import assemble
     from epalm.train.run import Run
 
     parts = assemble(recipe)
+    examples = parts.dataset.split("train")
+    batches = TrainingBatches(examples, parts.features, parts.codec, recipe, parts.device)
     target = Run.create(recipe, overwrite)
-    progress = fit(target, parts, validate if parts.dataset.split("val") else None)
+    progress = fit(target, parts, batches, validate if parts.dataset.split("val") else None)
     click.echo(
         f"train: {progress.step} steps, best at step {progress.best_step}; weights in {target.best}"
     )
@@ -162,13 +187,17 @@ def _train(recipe: "Recipe", overwrite: bool) -> tuple["Run", "Parts"]:
 def _evaluate(run: "Run", parts: "Parts", checkpoint: str) -> None:
     from epalm.evaluate.figures import draw_loss, write_examples
     from epalm.evaluate.scores import evaluate as score
-    from epalm.evaluate.table import format_table
     from epalm.train.checkpoint import load_weights
 
     load_weights(getattr(run, checkpoint), parts.model)
     scores = score(run, parts)
     files = [run.scores, draw_loss(run), write_examples(run, parts.dataset)]
-    click.echo(f"\n{format_table(scores)}\n\nwritten: {', '.join(map(str, files))}")
+    shuffled = scores.get("shuffled_accuracy")
+    control = "" if shuffled is None else f" ({shuffled:.1%} with media shuffled)"
+    click.echo(
+        f"evaluate: accuracy {scores['accuracy']:.1%}{control} on {scores['examples']} "
+        f"{scores['split']} examples; written: {', '.join(map(str, files))}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Batched answers to the prompts of examples."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from tqdm import tqdm
 
 from epalm.config import DecodeConfig
 from epalm.data.example import Example
+from epalm.data.grouping import chunks, unique_rows
 from epalm.extract.lookup import FeatureTable
 from epalm.model.augmented import AugmentedLM
 from epalm.model.text import TextCodec, pad_left
@@ -32,15 +33,14 @@ def generate_answers(
     order = sorted(range(len(examples)), key=lambda i: shown[i])
     answers = [""] * len(examples)
     with tqdm(total=len(examples), desc=label, unit="example") as bar:
-        for chosen in _chunks(order, decode.batch_size):
-            media = list(dict.fromkeys(shown[i] for i in chosen))
-            row_of = {m: row for row, m in enumerate(media)}
+        for chosen in chunks(order, decode.batch_size):
+            media, rows = unique_rows(shown[i] for i in chosen)
             texts = generate_texts(
                 model,
                 codec,
                 [examples[i].prompt for i in chosen],
                 features.fetch(media),
-                [row_of[shown[i]] for i in chosen],
+                rows,
                 decode,
             )
             for index, text in zip(chosen, texts, strict=True):
@@ -72,8 +72,3 @@ def generate_texts(
         pad_token_id=codec.pad,
     )
     return [codec.decode(row) for row in generated[:, ids.shape[1] :].tolist()]
-
-
-def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for begin in range(0, len(items), size):
-        yield items[begin : begin + size]

@@ -6,13 +6,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from epalm.data.example import Example
+from epalm.config import Recipe
+from epalm.data.example import SPLITS, Dataset, Example
 from epalm.errors import EpalmError
 from epalm.evaluate.control import shuffled_media
 from epalm.evaluate.generation import generate_answers
 from epalm.evaluate.metrics import accuracy, accuracy_by_type, is_match, majority_answer
 from epalm.store.atomic import write_atomic
-from epalm.store.feature_set import Stage
+from epalm.store.stage import Stage
 from epalm.train.parts import Parts
 from epalm.train.run import Run
 
@@ -24,9 +25,8 @@ def evaluate(run: Run, parts: Parts) -> dict[str, Any]:
         EpalmError: the dataset has no examples of the split.
     """
     config = run.recipe.evaluate
-    examples = choose_examples(parts.dataset.split(config.split), config.examples, run.recipe.seed)
-    if not examples:
-        raise EpalmError(f"evaluate.split: the dataset has no {config.split} examples")
+    run.bind_features(parts.features.spec)
+    examples = evaluation_examples(run.recipe, parts.dataset)
     predictions = _timed_answers(run, parts, examples, None, "evaluate")
     _write_predictions(run, "predictions.jsonl", examples, predictions, None)
     scores: dict[str, Any] = {
@@ -52,8 +52,9 @@ def evaluate(run: Run, parts: Parts) -> dict[str, Any]:
     scores["trained_parameters"] = parts.trained_parameters
     scores["total_parameters"] = parts.total_parameters
     scores["decode"] = run.recipe.decode.model_dump()
-    scores["seconds"] = {name: stage.seconds for name, stage in run.stages().items()}
-    scores["rates"] = {name: stage.rate for name, stage in run.stages().items()}
+    stages = {k: v for k, v in run.stages().items() if config.control or k != "control"}
+    scores["seconds"] = {name: stage.seconds for name, stage in stages.items()}
+    scores["rates"] = {name: stage.rate for name, stage in stages.items()}
     write_atomic(run.scores, json.dumps(scores, indent=2))
     return scores
 
@@ -63,6 +64,18 @@ def validate(parts: Parts) -> float:
     recipe = parts.recipe
     examples = choose_examples(parts.dataset.split("val"), recipe.train.val_examples, recipe.seed)
     return accuracy(_answers(parts, examples, None, "validate"), examples)
+
+
+def evaluation_examples(recipe: Recipe, dataset: Dataset) -> Sequence[Example]:
+    """The examples that a recipe's evaluation is about; EpalmError when there are none."""
+    config = recipe.evaluate
+    examples = choose_examples(dataset.split(config.split), config.examples, recipe.seed)
+    if not examples:
+        held = ", ".join(s for s in SPLITS if dataset.split(s)) or "none"
+        raise EpalmError(
+            f"evaluate.split: the dataset has no {config.split} examples; splits it has: {held}"
+        )
+    return examples
 
 
 def choose_examples(examples: Sequence[Example], count: int | None, seed: int) -> Sequence[Example]:

@@ -33,10 +33,12 @@ ENCODERS = {"timm": "epalm.extract.image"}
 def describe(recipe: Recipe, weights_at_hand: bool = True) -> FeatureSpec:
     """The spec of the features that a recipe needs, without building the encoder.
 
-    With `weights_at_hand` false the weights are not looked for, and the spec's `weights` is empty.
+    With `weights_at_hand` false the weights file is not looked for, and the spec's `weights` is
+    empty; the address or `encoder.arch` must then say the architecture.
 
     Raises:
-        EpalmError: unknown encoder or architecture, or weights that cannot be had.
+        EpalmError: unknown encoder or architecture.
+        NotHereError: the weights cannot be had.
     """
     return _module(recipe).describe(recipe, weights_at_hand)
 

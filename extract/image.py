@@ -9,6 +9,7 @@ import timm
 import timm.data
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 
 from epalm.address import digest, resolve
 from epalm.config import Recipe
@@ -88,7 +89,7 @@ def build(recipe: Recipe, device: torch.device) -> TimmViT:
             pretrained=True,
             pretrained_cfg_overlay={**source, "custom_load": False, "hf_hub_id": None, "url": ""},
         )
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise EpalmError(f"encoder.weights: {file} does not fit {arch}: {error}") from None
     return TimmViT(model, _preprocess(recipe, pretrained), recipe, device)
 
@@ -110,9 +111,12 @@ def _architecture(recipe: Recipe) -> tuple[str, dict[str, Any], dict[str, Any]]:
     try:
         fields = json.loads(config.read_text(encoding="utf-8"))
         args = {k: v for k, v in fields.get("model_args", {}).items() if k != "num_classes"}
-        return fields["architecture"], fields.get("pretrained_cfg", {}), args
-    except (ValueError, KeyError) as error:
+        arch, pretrained = fields["architecture"], fields.get("pretrained_cfg", {})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EpalmError(f"{config}: not timm's model configuration ({error!r})") from None
+    if not timm.is_model(arch):
+        raise EpalmError(f"{config}: timm does not know the architecture {arch!r}")
+    return arch, pretrained, args
 
 
 def _pretrained_cfg(name: str, where: str) -> dict[str, Any]:

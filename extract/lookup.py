@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from epalm.config import Recipe
 from epalm.data.example import Dataset
-from epalm.errors import EpalmError
+from epalm.errors import EpalmError, NotHereError
 from epalm.extract.encoder import describe
 from epalm.extract.loop import bad_media_message
 from epalm.store.feature_set import FeatureSet, find
@@ -44,25 +44,52 @@ def open_features(recipe: Recipe, dataset: Dataset) -> tuple[FeatureTable, Datas
     """
     try:
         spec = describe(recipe)
-    except EpalmError:
+    except NotHereError as error:
         spec = describe(recipe, weights_at_hand=False)
-    features = find(Path(recipe.store.root), spec)
-    if recipe.variant.encoder_layers > spec.layers:
-        raise EpalmError(
-            f"variant.encoder_layers: {recipe.variant.encoder_layers} wanted, the encoder has "
-            f"{spec.layers}"
-        )
+        tqdm.write(f"{error}; looking for features made with weights from that address")
+    features = find(Path(recipe.store.root), spec, recipe.encoder.weights)
     table = FeatureTable(features, dataset.name, recipe.variant.encoder_layers)
-    missing = [media for media in dataset.media if media not in table]
-    reasons = {f["media"]: f["reason"] for f in features.failures() if f["dataset"] == dataset.name}
-    unknown = [media for media in missing if media not in reasons]
+    failed, unknown = _without_features(features, dataset, table)
     if unknown:
         raise EpalmError(
-            f"{features.folder}: {len(unknown)} media of {dataset.name} are not extracted, "
-            f"{unknown[0]} among them; run `extract` with this recipe first"
+            f"{features.folder}: {len(unknown)} media of {dataset.name} are not extracted, or have "
+            f"changed since, {unknown[0]} among them; run `extract` with this recipe first"
         )
-    if missing and recipe.data.bad_media == "stop":
-        raise EpalmError(bad_media_message({m: reasons[m] for m in missing}, features))
-    if missing:
-        tqdm.write(f"{len(missing)} media without features are left out, with their examples")
-    return table, dataset.without_media(missing)
+    if failed and recipe.data.bad_media == "stop":
+        raise EpalmError(bad_media_message(failed, features))
+    if failed:
+        tqdm.write(f"{len(failed)} media without features are left out, with their examples")
+    return table, dataset.without_media(failed)
+
+
+def _without_features(
+    features: FeatureSet, dataset: Dataset, table: FeatureTable
+) -> tuple[dict[str, str], list[str]]:
+    """Media that the ledger explains, with its reasons, and media that `extract` must see.
+
+    The media files may be absent, features travel without them; where a file is there, it must be
+    as it was when it was extracted.
+    """
+    ledger = features.failures()
+    by_hash = {f["hash"]: f["reason"] for f in ledger if f["hash"]}
+    unread = {f["media"]: f["reason"] for f in ledger if not f["hash"]}
+    catalogue = features.catalogue(dataset.name)
+    failed: dict[str, str] = {}
+    unknown: list[str] = []
+    for media in dataset.media.values():
+        entry = catalogue.get(media.id)
+        try:
+            stat = media.path.stat()
+        except OSError:
+            stat = None
+        if stat and (entry is None or entry[1:] != (stat.st_size, stat.st_mtime_ns)):
+            unknown.append(media.id)
+        elif media.id in table:
+            continue
+        elif entry is not None and entry.content_hash in by_hash:
+            failed[media.id] = by_hash[entry.content_hash]
+        elif entry is None and media.id in unread:
+            failed[media.id] = unread[media.id]
+        else:
+            unknown.append(media.id)
+    return failed, unknown

@@ -6,7 +6,7 @@ shard redone after an interruption holds the same bytes.
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +17,12 @@ from tqdm import tqdm
 
 from epalm.config import Recipe
 from epalm.data.example import Dataset, Media
+from epalm.data.grouping import chunks
 from epalm.device import choose_device
 from epalm.errors import EpalmError
 from epalm.extract.encoder import Encoder, build, describe
-from epalm.store.feature_set import CatalogueEntry, FeatureSet, FeatureSetWriter, Layout, Stage
+from epalm.store.feature_set import CatalogueEntry, FeatureSet, FeatureSetWriter, Layout
+from epalm.store.stage import Stage
 
 STAGES = ("hash", "read", "decode", "encode", "write")
 
@@ -59,7 +61,7 @@ def extract(recipe: Recipe, dataset: Dataset) -> Report:
     """
     start = time.perf_counter()
     spec = describe(recipe)
-    layout = Layout(recipe.store.backend, recipe.store.shard_rows)
+    layout = Layout(recipe.store.backend, recipe.store.shard_rows, recipe.encoder.weights)
     features = FeatureSet.create(Path(recipe.store.root), spec, layout)
     report = Report(features)
     with features.writing() as writer:
@@ -94,7 +96,10 @@ def bad_media_message(failed: dict[str, str], features: FeatureSet) -> str:
         [f"data: {len(failed)} media have no features (ledger: {features.folder}/failures.jsonl)"]
         + first
         + more
-        + ["mend these files, or leave them out with --set data.bad_media=skip"]
+        + [
+            "mend these files, or leave them out with --set data.bad_media=skip (a file that could "
+            "not be decoded is tried again when it changes, or when the ledger is deleted)"
+        ]
     )
 
 
@@ -137,8 +142,10 @@ def _encode_all(
         ThreadPoolExecutor(max_workers=2) as pool,
         tqdm(total=len(todo), desc="extract", unit="media") as bar,
     ):
-        decoded = _decode_ahead(pool, encoder, todo, recipe, clock)
-        for shard in _chunks(todo, recipe.store.shard_rows):
+        shards = list(chunks(todo, writer.features.layout.shard_rows))
+        batches = (batch for shard in shards for batch in chunks(shard, recipe.encoder.batch_size))
+        decoded = _decode_ahead(pool, encoder, batches, clock)
+        for shard in shards:
             rows = np.zeros((len(shard), *writer.row_shape), np.float32)
             valid = np.zeros(len(shard), bool)
             for begin in range(0, len(shard), recipe.encoder.batch_size):
@@ -169,35 +176,31 @@ def _encode_all(
 def _decode_ahead(
     pool: ThreadPoolExecutor,
     encoder: Encoder,
-    todo: list[Job],
-    recipe: Recipe,
+    batches: Iterable[Sequence[Job]],
     clock: dict[str, float],
 ) -> Iterator[list[torch.Tensor | Exception]]:
     """Encoder inputs batch by batch, the next batch being decoded while this one is encoded."""
 
     def load(job: Job) -> torch.Tensor | Exception:
+        content_hash, media = job
         start = time.perf_counter()
+        content = media.path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != content_hash:
+            raise EpalmError(f"{media.path}: changed while it was extracted; run `extract` again")
+        read = time.perf_counter()
+        clock["read"] += read - start
         try:
-            content = job[1].path.read_bytes()
-            read = time.perf_counter()
-            clock["read"] += read - start
-            result = encoder.preprocess(content)
-            clock["decode"] += time.perf_counter() - read
-            return result
+            return encoder.preprocess(content)
         except Exception as error:  # whatever a broken file does to its decoder
             return error
+        finally:
+            clock["decode"] += time.perf_counter() - read
 
     ahead: list[Future[torch.Tensor | Exception]] | None = None
-    for shard in _chunks(todo, recipe.store.shard_rows):
-        for batch in _chunks(shard, recipe.encoder.batch_size):
-            following = [pool.submit(load, job) for job in batch]
-            if ahead is not None:
-                yield [future.result() for future in ahead]
-            ahead = following
+    for batch in batches:
+        following = [pool.submit(load, job) for job in batch]
+        if ahead is not None:
+            yield [future.result() for future in ahead]
+        ahead = following
     if ahead is not None:
         yield [future.result() for future in ahead]
-
-
-def _chunks(items: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
-    for begin in range(0, len(items), size):
-        yield items[begin : begin + size]

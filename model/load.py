@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,7 +28,7 @@ def load_lm(config: LMConfig, device: torch.device) -> PreTrainedModel:
     logging.disable_progress_bar()
     try:
         lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise EpalmError(_not_loadable(config.weights, folder, error)) from None
     return lm.to(device).eval()
 
@@ -84,7 +85,7 @@ def _converted(gguf: Path) -> Path:
         )
         lm.save_pretrained(partial)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise EpalmError(_not_loadable(str(gguf), gguf, error)) from None
     try:

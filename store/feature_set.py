@@ -2,7 +2,7 @@
 
     ROOT/ENCODER-FINGERPRINT/
         spec.json                 what made it (FeatureSpec)
-        layout.json               backend and rows per shard
+        layout.json               backend, rows per shard, address of the encoder's weights
         zarr.json, features/, valid/   the shards (see the backend)
         markers/000000.json       which media stand in shard 0, and its checksum; written last
         catalogue/DATASET.json    media id -> content hash, size and time of change
@@ -15,6 +15,7 @@ the markers at every opening.
 """
 
 import fcntl
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -27,26 +28,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epalm.errors import EpalmError
-from epalm.store.atomic import write_atomic
+from epalm.store.atomic import read_json_lines, write_atomic
 from epalm.store.backend import ShardBackend, open_backend
 from epalm.store.spec import FeatureSpec
+from epalm.store.stage import Stage
 
 ROW_TOKENS = 1  # tokens a layer: only [CLS] is kept
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a set is laid out; none of it changes a feature's value."""
+    """How a set is laid out; none of it changes a feature's value.
+
+    Attributes:
+        backend: name of the shard backend.
+        shard_rows: media per shard.
+        weights_address: where the encoder's weights came from.
+    """
 
     backend: str
     shard_rows: int
-
-
-class Stage(NamedTuple):
-    """What a stage of the pipeline took: wall time in seconds, and a rate in words."""
-
-    seconds: float
-    rate: str
+    weights_address: str
 
 
 class CatalogueEntry(NamedTuple):
@@ -66,11 +68,7 @@ class FeatureSet:
         self.backend: ShardBackend = open_backend(
             layout.backend, folder, self.row_shape, spec.dtype, layout.shard_rows
         )
-        self.damaged: list[int] = []
-        self.next_shard = 0
-        self._row_of: dict[str, int] = {}
-        for path in sorted((folder / "markers").glob("*.json")):
-            self._index(json.loads(path.read_text(encoding="utf-8")))
+        self._read_markers()
 
     @classmethod
     def create(cls, root: Path, spec: FeatureSpec, layout: Layout) -> "FeatureSet":
@@ -98,8 +96,20 @@ class FeatureSet:
         out = np.empty((len(rows), kept, ROW_TOKENS, self.spec.dim), self.spec.dtype)
         for shard in np.unique(shards):
             here = shards == shard
-            out[here] = self.backend.map(int(shard))[offsets[here], layers]
+            out[here] = self._block(int(shard))[offsets[here], layers]
         return out
+
+    def _block(self, shard: int) -> NDArray[np.generic]:
+        """A shard's rows, mapped; its checksum is compared when it is first used."""
+        block = self.backend.map(shard)
+        if shard not in self._checked:
+            if hashlib.sha256(block.data).hexdigest() != self._sha256[shard]:
+                raise EpalmError(
+                    f"{self.folder}: shard {shard} does not have the checksum it was written "
+                    f"with; delete {self._marker_path(shard)} and run `extract` again"
+                )
+            self._checked.add(shard)
+        return block
 
     def catalogue(self, dataset: str) -> "dict[str, CatalogueEntry]":
         """What is known of a dataset's media, by id; empty when none was extracted."""
@@ -116,10 +126,7 @@ class FeatureSet:
 
     def failures(self) -> list[dict[str, str]]:
         """The ledger: dataset, media, hash, reason and exception of each failure, in order."""
-        path = self.folder / "failures.jsonl"
-        if not path.is_file():
-            return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return read_json_lines(self.folder / "failures.jsonl")
 
     @contextmanager
     def writing(self) -> Iterator["FeatureSetWriter"]:
@@ -131,7 +138,17 @@ class FeatureSet:
                 raise EpalmError(
                     f"{self.folder}: another extraction is writing this feature set; wait for it"
                 ) from None
+            self._read_markers()  # another writer may have been at work before the lock
             yield FeatureSetWriter(self)
+
+    def _read_markers(self) -> None:
+        self.damaged: list[int] = []
+        self.next_shard = 0
+        self._row_of: dict[str, int] = {}
+        self._sha256: dict[int, str] = {}
+        self._checked: set[int] = set()
+        for path in sorted((self.folder / "markers").glob("*.json")):
+            self._index(json.loads(path.read_text(encoding="utf-8")))
 
     def _index(self, marker: dict[str, Any]) -> None:
         shard = marker["shard"]
@@ -139,6 +156,7 @@ class FeatureSet:
         if not self.backend.is_whole(shard):
             self.damaged.append(shard)
             return
+        self._sha256[shard] = marker["sha256"]
         for offset, (content_hash, valid) in enumerate(marker["rows"]):
             if valid:
                 self._row_of[content_hash] = shard * self.layout.shard_rows + offset
@@ -176,9 +194,13 @@ class FeatureSetWriter:
         with np.errstate(over="ignore"):
             stored = rows.astype(dtype)
         if not np.isfinite(stored).all():
+            largest = np.abs(rows).max()
+            remedy = "extract with --set store.dtype=float32"
+            if not np.isfinite(largest):
+                remedy = "the encoder's arithmetic overflows; extract with encoder.dtype=float32"
             raise EpalmError(
                 f"{features.folder}: features that {dtype} cannot hold (largest magnitude "
-                f"{np.abs(rows).max():g}); extract with --set store.dtype=float32"
+                f"{largest:g}); {remedy}"
             )
         marker = {
             "shard": features.next_shard,
@@ -222,15 +244,22 @@ class FeatureSetWriter:
         return count
 
 
-def find(root: Path, spec: FeatureSpec) -> FeatureSet:
+def find(root: Path, spec: FeatureSpec, weights_address: str) -> FeatureSet:
     """The set that a training needs.
 
+    Args:
+        root: folder with feature sets.
+        spec: what is needed. Where its `weights` is empty, because the weights are not at hand,
+            a set fits whose weights came from the same address.
+        weights_address: the recipe's.
+
     Raises:
-        EpalmError: there is none, and then which fields the nearest one differs in; or several,
-            when the encoder's weights are not at hand to tell them apart.
+        EpalmError: there is none, and then which fields the nearest one differs in; or several.
     """
-    sets = [_open(path.parent) for path in sorted(root.glob("*/layout.json"))]
-    fitting = [s for s in sets if spec.matches(s.spec)]
+    specs = {path.parent: _read_spec(path.parent) for path in sorted(root.glob("*/spec.json"))}
+    fitting = [_open(folder) for folder, known in specs.items() if known and spec.matches(known)]
+    if not spec.weights:
+        fitting = [s for s in fitting if s.layout.weights_address == weights_address]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -239,20 +268,31 @@ def find(root: Path, spec: FeatureSpec) -> FeatureSet:
             f"{root}: {names} differ only in the encoder's weights, which are not at hand; "
             "provide the weights, or keep one of them"
         )
-    if not sets:
+    readable = {folder: known for folder, known in specs.items() if known}
+    if not readable:
         raise EpalmError(f"{root}: no feature set here; run `extract` with this recipe first")
-    nearest = min(sets, key=lambda s: len(spec.differences(s.spec)))
-    lines = "\n".join(f"  {line}" for line in spec.differences(nearest.spec))
+    folder, nearest = min(readable.items(), key=lambda item: len(spec.differences(item[1])))
+    lines = "\n".join(f"  {line}" for line in spec.differences(nearest))
     raise EpalmError(
-        f"{root}: no feature set fits this recipe; the nearest, {nearest.folder.name}, differs in\n"
+        f"{root}: no feature set fits this recipe; the nearest, {folder.name}, differs in\n"
         f"{lines}\nrun `extract` with this recipe, or change the recipe"
     )
 
 
-def _open(folder: Path) -> FeatureSet:
+def _read_spec(folder: Path) -> FeatureSpec | None:
+    """The spec of a set, or None when it cannot be read (another format version, say)."""
     try:
-        spec = FeatureSpec.from_json((folder / "spec.json").read_text(encoding="utf-8"))
+        return FeatureSpec.from_json((folder / "spec.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _open(folder: Path) -> FeatureSet:
+    spec = _read_spec(folder)
+    try:
         layout = Layout(**json.loads((folder / "layout.json").read_text(encoding="utf-8")))
+        if spec is None:
+            raise ValueError("spec.json")
         return FeatureSet(folder, spec, layout)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise EpalmError(

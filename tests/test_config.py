@@ -51,6 +51,7 @@ def test_every_field_is_documented_or_plain() -> None:
         ("train.steps=ten", ["train.steps", "'ten'"]),
         ("variant.connection=both", ["variant.connection", "'separate' or 'shared'"]),
         ("text.template=hello", ["text", "{prompt}"]),
+        ("text.template='{prompt} {x}'", ["text", "no other braces"]),
         ("name=a/b", ["name", "'a/b'"]),
         ("train", ["--set train", "section.key=value"]),
         ("name.first=1", ["name.first=1", "has no keys"]),

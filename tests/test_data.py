@@ -89,8 +89,8 @@ def test_easy_vqa_has_its_published_counts(easy_vqa: Path) -> None:
     assert len(answers["color"]) == 8
 
 
-def test_hold_out_and_limits_are_seeded_and_apart(toy: Callable[..., Path]) -> None:
-    path = toy(data={"val_from_train": 0, "limits": {"train": 3}})
+def test_limits_are_seeded(toy: Callable[..., Path]) -> None:
+    path = toy(data={"limits": {"train": 3}})
     once, again = load_dataset(load_recipe(path)), load_dataset(load_recipe(path))
     assert once == again
     assert len({e.media for e in once.split("train")}) == 3

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from epalm.config import Recipe, load_recipe
 from epalm.data import load_dataset
@@ -54,7 +55,7 @@ def test_final_norm_can_be_left_out(toy: Callable[..., Path]) -> None:
     recipes = [load_recipe(toy(), (f"encoder.final_norm={value}",)) for value in (True, False)]
     batch = torch.randn(2, 3, 32, 32)
     normed, raw = (build(r, CPU).encode(batch) for r in recipes)
-    assert normed.shape == raw.shape == (2, 4, 1, 24)
+    assert normed.shape == raw.shape == (2, 6, 1, 24)
     norm = build(recipes[0], CPU).model.norm
     torch.testing.assert_close(norm(raw), normed, atol=1e-5, rtol=1e-5)
     assert describe(recipes[0]).fingerprint != describe(recipes[1]).fingerprint
@@ -140,6 +141,47 @@ def test_truncated_shard_is_encoded_again(toy_recipe: Recipe) -> None:
     assert torch.equal(before, open_features(toy_recipe, dataset)[0].fetch(list(dataset.media)))
 
 
+def test_equal_broken_files_are_all_explained(toy: Callable[..., Path]) -> None:
+    recipe = load_recipe(toy(), ("data.bad_media=skip",))
+    dataset = load_dataset(recipe)
+    ids = list(dataset.media)
+    for media in ids[:2]:
+        dataset.media[media].path.write_bytes(b"")
+    assert set(extract(recipe, dataset).failed) == set(ids[:2])
+    assert set(open_features(recipe, dataset)[1].media) == set(ids[2:])
+    assert extract(recipe, dataset).encoded == 0
+
+
+def test_a_file_changed_after_extraction_is_noticed(toy_recipe: Recipe) -> None:
+    dataset = load_dataset(toy_recipe)
+    extract(toy_recipe, dataset)
+    Image.new("RGB", (64, 64), "red").save(next(iter(dataset.media.values())).path)
+    with pytest.raises(EpalmError, match="or have changed since"):
+        open_features(toy_recipe, dataset)
+
+
+def test_a_flipped_byte_is_noticed(toy_recipe: Recipe) -> None:
+    dataset = load_dataset(toy_recipe)
+    folder = extract(toy_recipe, dataset).features.folder
+    chunk = folder / "features" / "c" / "0" / "0" / "0" / "0"
+    content = bytearray(chunk.read_bytes())
+    content[100] ^= 1
+    chunk.write_bytes(content)
+    table, _ = open_features(toy_recipe, dataset)
+    with pytest.raises(EpalmError, match="shard 0 does not have the checksum"):
+        table.fetch(list(dataset.media))
+
+
+def test_another_shard_size_leaves_the_set_as_it_is(toy: Callable[..., Path]) -> None:
+    recipe = load_recipe(toy())
+    dataset = load_dataset(recipe)
+    some = dataset.without_media(list(dataset.media)[:6])
+    extract(recipe, some)
+    report = extract(load_recipe(toy(), ("store.shard_rows=100",)), dataset)
+    assert (report.found, report.encoded) == (6, 6)
+    assert len(open_features(recipe, dataset)[0].fetch(list(dataset.media))) == 12
+
+
 def test_bad_media_stop_or_are_left_out(toy: Callable[..., Path]) -> None:
     recipe = load_recipe(toy())
     dataset = load_dataset(recipe)
@@ -167,7 +209,7 @@ def test_bad_media_stop_or_are_left_out(toy: Callable[..., Path]) -> None:
     assert reasons[ids[6]] == "UnidentifiedImageError"
 
 
-def test_features_travel_without_media_and_weights(
+def test_features_travel_without_media(
     toy: Callable[..., Path], vit_folder: Path, tmp_path: Path
 ) -> None:
     recipe = load_recipe(toy())
@@ -177,12 +219,36 @@ def test_features_travel_without_media_and_weights(
         media.path.unlink()
     table, kept = open_features(recipe, dataset)
     assert kept == dataset
-    # a copy of the weights folder with the configuration alone stands for a machine without them
-    elsewhere = tmp_path / "vit"
-    elsewhere.mkdir()
-    (elsewhere / "config.json").write_bytes((vit_folder / "config.json").read_bytes())
-    moved = load_recipe(toy(), (f"encoder.weights={elsewhere}",))
-    assert open_features(moved, dataset)[0].spec == table.spec
+    vit_folder.rename(tmp_path / "away")
+    try:
+        with_arch = load_recipe(toy(), ("encoder.arch=vit_tiny_patch16_224",))
+        with pytest.raises(EpalmError, match="no such file or folder"):
+            open_features(recipe, dataset)  # the folder's config.json said the architecture
+        with pytest.raises(EpalmError, match="no feature set fits"):
+            open_features(with_arch, dataset)  # the full-sized ViT is another one
+    finally:
+        (tmp_path / "away").rename(vit_folder)
+
+
+def test_features_of_a_known_architecture_need_no_weights(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    weights = tmp_path / "weights.safetensors"
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
+    save_file(model.state_dict(), weights)
+    overrides = (
+        f"encoder.weights={weights}",
+        "encoder.arch=vit_tiny_patch16_224",
+        "encoder.image_size=32",
+    )
+    recipe = load_recipe(toy(), overrides)
+    dataset = load_dataset(recipe)
+    extract(recipe, dataset)
+    weights.unlink()
+    assert len(open_features(recipe, dataset)[0].fetch(list(dataset.media))) == 12
+    elsewhere = load_recipe(toy(), (*overrides, f"encoder.weights={tmp_path / 'other'}"))
+    with pytest.raises(EpalmError, match="no feature set fits"):
+        open_features(elsewhere, dataset)
 
 
 def test_encoder_errors(toy: Callable[..., Path], tmp_path: Path, vit_folder: Path) -> None:

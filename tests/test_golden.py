@@ -111,14 +111,14 @@ def our_name(key: str) -> str:
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda path: path.stem)
-def case(request: pytest.FixtureRequest) -> Case:
+def loaded(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 
 
-@pytest.fixture(autouse=True)
-def _restore_mask(case: Case):
-    yield
-    case.model.reference_mask = True
+@pytest.fixture
+def case(loaded: Case) -> Case:
+    loaded.model.reference_mask = True
+    return loaded
 
 
 def test_the_folder_holds_cases() -> None:

@@ -8,7 +8,7 @@ import pytest
 import zarr
 
 from epalm.errors import EpalmError
-from epalm.store.atomic import write_atomic
+from epalm.store.atomic import read_json_lines, write_atomic
 from epalm.store.backend import ShardBackend
 from epalm.store.feature_set import CatalogueEntry, FeatureSet, Layout, find
 from epalm.store.spec import FeatureSpec
@@ -88,7 +88,7 @@ class TestZarr(BackendContract):
 
 @pytest.fixture
 def features(tmp_path: Path) -> FeatureSet:
-    return FeatureSet.create(tmp_path, SPEC, Layout("zarr", 4))
+    return FeatureSet.create(tmp_path, SPEC, Layout("zarr", 4, "here"))
 
 
 def test_appended_media_are_found_by_hash(features: FeatureSet, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_appended_media_are_found_by_hash(features: FeatureSet, tmp_path: Path) 
     with features.writing() as writer:
         writer.append(list("abcd"), data[:4], np.array([True, True, False, True]))
         writer.append(list("ef"), data[4:], np.ones(2, bool))
-    for opened in (features, find(tmp_path, SPEC)):
+    for opened in (features, find(tmp_path, SPEC, "here")):
         assert len(opened) == 5
         assert "c" not in opened
         found = opened.gather(opened.rows(["f", "a", "f", "d"]), slice(1, None))
@@ -109,7 +109,7 @@ def test_a_shard_without_marker_does_not_count(features: FeatureSet, tmp_path: P
     with features.writing() as writer:
         writer.append(["a"], rows(1), np.ones(1, bool))
     features.backend.write(1, rows(4), np.ones(4, bool))  # killed before its marker
-    reopened = find(tmp_path, SPEC)
+    reopened = find(tmp_path, SPEC, "here")
     assert len(reopened) == 1
     with reopened.writing() as writer:
         writer.append(["b"], rows(1, seed=3), np.ones(1, bool))
@@ -123,7 +123,7 @@ def test_a_truncated_shard_is_dropped_and_its_number_not_reused(
         writer.append(["a"], rows(1), np.ones(1, bool))
         writer.append(["b"], rows(1), np.ones(1, bool))
     (features.folder / "features" / "c" / "0" / "0" / "0" / "0").write_bytes(b"short")
-    reopened = find(tmp_path, SPEC)
+    reopened = find(tmp_path, SPEC, "here")
     assert reopened.damaged == [0]
     assert "a" not in reopened
     assert "b" in reopened
@@ -143,7 +143,7 @@ def test_values_beyond_float16_are_refused(features: FeatureSet) -> None:
 
 
 def test_two_writers_exclude_each_other(features: FeatureSet, tmp_path: Path) -> None:
-    other = find(tmp_path, SPEC)
+    other = find(tmp_path, SPEC, "here")
     with (
         features.writing(),
         pytest.raises(EpalmError, match="another extraction is writing"),
@@ -177,10 +177,10 @@ def test_mismatch_names_the_differing_fields(features: FeatureSet, tmp_path: Pat
     tree = json.loads(SPEC.canonical())
     tree["preprocess"]["mean"] = [0.4, 0.4, 0.4]
     with pytest.raises(EpalmError) as error:
-        find(tmp_path, FeatureSpec.from_json(json.dumps(tree)))
+        find(tmp_path, FeatureSpec.from_json(json.dumps(tree)), "here")
     assert "preprocess.mean: [0.5, 0.5, 0.5] there, [0.4, 0.4, 0.4] wanted" in str(error.value)
     with pytest.raises(EpalmError, match="no feature set here"):
-        find(tmp_path / "empty", SPEC)
+        find(tmp_path / "empty", SPEC, "here")
 
 
 def test_without_the_weights_a_set_is_found_if_it_is_the_only_one(
@@ -188,18 +188,49 @@ def test_without_the_weights_a_set_is_found_if_it_is_the_only_one(
 ) -> None:
     tree = json.loads(SPEC.canonical())
     anyone = FeatureSpec.from_json(json.dumps(tree | {"weights": ""}))
-    assert find(tmp_path, anyone).spec == SPEC
+    assert find(tmp_path, anyone, "here").spec == SPEC
     FeatureSet.create(
-        tmp_path, FeatureSpec.from_json(json.dumps(tree | {"weights": "cd"})), Layout("zarr", 4)
+        tmp_path,
+        FeatureSpec.from_json(json.dumps(tree | {"weights": "cd"})),
+        Layout("zarr", 4, "here"),
     )
     with pytest.raises(EpalmError, match="differ only in the encoder's weights"):
-        find(tmp_path, anyone)
+        find(tmp_path, anyone, "here")
 
 
-def test_unreadable_set(features: FeatureSet, tmp_path: Path) -> None:
-    (features.folder / "spec.json").write_text("{")
+def test_without_the_weights_their_address_must_be_the_same(
+    features: FeatureSet, tmp_path: Path
+) -> None:
+    tree = json.loads(SPEC.canonical()) | {"weights": ""}
+    with pytest.raises(EpalmError, match="no feature set fits"):
+        find(tmp_path, FeatureSpec.from_json(json.dumps(tree)), "there")
+
+
+def test_unreadable_sets_are_in_nobodys_way(features: FeatureSet, tmp_path: Path) -> None:
+    other = tmp_path / "vit_of_another_version"
+    other.mkdir()
+    (other / "spec.json").write_text('{"version": 99}')
+    assert find(tmp_path, SPEC, "here").folder == features.folder
+    (features.folder / "layout.json").write_text("{")
     with pytest.raises(EpalmError, match="not a readable feature set"):
-        find(tmp_path, SPEC)
+        find(tmp_path, SPEC, "here")
+
+
+def test_a_log_cut_by_a_crash_loses_its_last_line_only(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"a": 1}\n{"a": 2}\n{"a": 3')
+    assert read_json_lines(log) == [{"a": 1}, {"a": 2}]
+    assert read_json_lines(tmp_path / "gone") == []
+
+
+def test_a_writer_sees_what_another_wrote_before_it(features: FeatureSet, tmp_path: Path) -> None:
+    late = find(tmp_path, SPEC, "here")
+    with features.writing() as writer:
+        writer.append(["a"], rows(1), np.ones(1, bool))
+    with late.writing() as writer:
+        assert "a" in late
+        writer.append(["b"], rows(1, seed=1), np.ones(1, bool))
+    assert len(find(tmp_path, SPEC, "here")) == 2
 
 
 def test_atomic_write_leaves_nothing_behind_on_failure(tmp_path: Path) -> None:

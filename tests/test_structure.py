@@ -57,7 +57,7 @@ def test_data_and_store_do_without_torch() -> None:
             assert "torch" not in path.read_text().split('"""', 2)[-1], path
 
 
-def test_help_and_bad_recipes_do_not_load_torch() -> None:
+def test_help_does_not_load_torch() -> None:
     code = (
         "import sys; from epalm.pipeline import main\n"
         "try: main(['--help'])\n"

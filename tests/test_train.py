@@ -16,10 +16,10 @@ from epalm.extract.loop import extract
 from epalm.model.text import TextCodec
 from epalm.train.batches import TrainingBatches
 from epalm.train.checkpoint import Progress, load_weights
-from epalm.train.loop import train
 from epalm.train.optimiser import learning_rates, make_optimiser
 from epalm.train.parts import Parts, assemble
 from epalm.train.run import Run
+from tests.conftest import batches_of, fit
 
 
 @pytest.fixture
@@ -32,11 +32,6 @@ def prepare(toy: Callable[..., Path]) -> Callable[..., Parts]:
         return assemble(recipe)
 
     return build
-
-
-def batches_of(parts: Parts) -> TrainingBatches:
-    examples = parts.dataset.split("train")
-    return TrainingBatches(examples, parts.features, parts.codec, parts.recipe, parts.device)
 
 
 def test_batches_hold_prompts_answers_and_their_media(prepare: Callable[..., Parts]) -> None:
@@ -116,7 +111,7 @@ def test_it_learns_and_leaves_the_lm_alone(prepare: Callable[..., Parts]) -> Non
     parts = prepare("train.steps=60", "train.lr=0.03", "variant.prompt_mlp=false")
     frozen = {name: value.clone() for name, value in parts.model.lm.state_dict().items()}
     run = Run.create(parts.recipe)
-    progress = train(run, parts, validate)
+    progress = fit(run, parts, validate)
     losses = [line["loss"] for line in run.read_metrics() if "loss" in line]
     assert sum(losses[-9:]) / 9 < 0.65 * losses[0]  # nine batches are an epoch
     assert progress.step == 60
@@ -130,27 +125,28 @@ def test_it_learns_and_leaves_the_lm_alone(prepare: Callable[..., Parts]) -> Non
     assert load_recipe(run.folder / "recipe.yaml") == parts.recipe
 
 
+@pytest.mark.parametrize("killed_at", [1, 3])  # before and after the first checkpoint
 def test_resuming_gives_the_same_weights_bit_for_bit(
-    prepare: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepare: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
 ) -> None:
     whole = prepare(f"runs={tmp_path / 'whole'}")
-    train(Run.create(whole.recipe), whole, validate)
+    fit(Run.create(whole.recipe), whole, validate)
 
     cut = prepare(f"runs={tmp_path / 'cut'}")
     real = TrainingBatches.__getitem__
 
     def killed(self: TrainingBatches, step: int) -> object:
-        if step == 3:
+        if step == killed_at:
             raise KeyboardInterrupt
         return real(self, step)
 
     monkeypatch.setattr(TrainingBatches, "__getitem__", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(Run.create(cut.recipe), cut, validate)
+        fit(Run.create(cut.recipe), cut, validate)
     monkeypatch.undo()
     resumed = assemble(cut.recipe)
     run = Run.create(cut.recipe)
-    assert train(run, resumed, validate).step == 6
+    assert fit(run, resumed, validate).step == 6
 
     for name in ("last", "best"):
         files = [
@@ -173,16 +169,16 @@ def test_resuming_gives_the_same_weights_bit_for_bit(
 def test_a_finished_run_is_not_trained_again(prepare: Callable[..., Parts]) -> None:
     parts = prepare()
     run = Run.create(parts.recipe)
-    train(run, parts, validate)
+    fit(run, parts, validate)
     before = run.last.read_bytes()
-    assert train(Run.create(parts.recipe), parts, validate).step == 6
+    assert fit(Run.create(parts.recipe), parts, validate).step == 6
     assert run.last.read_bytes() == before
 
 
 def test_a_run_of_another_recipe_is_not_touched(prepare: Callable[..., Parts]) -> None:
     parts = prepare()
     run = Run.create(parts.recipe)
-    train(run, parts, validate)
+    fit(run, parts, validate)
     changed = parts.recipe.model_copy(
         update={"train": parts.recipe.train.model_copy(update={"lr": 0.5})}
     )
@@ -195,7 +191,7 @@ def test_a_run_of_another_recipe_is_not_touched(prepare: Callable[..., Parts]) -
 def test_without_validation_the_last_weights_are_the_best(prepare: Callable[..., Parts]) -> None:
     parts = prepare()
     run = Run.create(parts.recipe)
-    assert train(run, parts, None).best_step == 6
+    assert fit(run, parts, None).best_step == 6
     assert load_weights(run.best, parts.model) == Progress(6, -1.0, 6)
 
 
@@ -205,14 +201,14 @@ def test_a_diverging_loss_stops_and_keeps_the_checkpoint(
     parts = prepare("train.lr=1e30", "train.checkpoint_every=1", "train.steps=20")
     run = Run.create(parts.recipe)
     with pytest.raises(EpalmError, match="lower train.lr"):
-        train(run, parts, None)
+        fit(run, parts, None)
     assert run.last.is_file()
 
 
 def test_checkpoint_errors(prepare: Callable[..., Parts], tmp_path: Path) -> None:
     parts = prepare()
     run = Run.create(parts.recipe)
-    train(run, parts, None)
+    fit(run, parts, None)
     other = prepare("variant.prompt_length=2", f"runs={tmp_path / 'other'}")
     with pytest.raises(EpalmError, match="does not fit the recipe's variant"):
         load_weights(run.best, other.model)

@@ -9,6 +9,7 @@ import torch
 
 from epalm.config import Recipe
 from epalm.data.example import Example
+from epalm.data.grouping import chunks, unique_rows
 from epalm.errors import EpalmError
 from epalm.extract.lookup import FeatureTable
 from epalm.model.text import TextCodec, pad_left
@@ -46,6 +47,7 @@ class TrainingBatches:
         recipe: Recipe,
         device: torch.device,
     ):
+        """EpalmError when there are fewer examples than a batch needs, or a prompt is too long."""
         if len(examples) < recipe.train.batch_size:
             raise EpalmError(
                 f"train.batch_size: {recipe.train.batch_size} wanted, the dataset has only "
@@ -74,14 +76,13 @@ class TrainingBatches:
             unlearnt = len(prompt) - 1 if self.config.loss == "answer" else 0
             labels.append([-100] * unlearnt + [*prompt, *answer][1 + unlearnt :])
         ids, mask = pad_left(sequences, self.codec.pad)
-        media = list(dict.fromkeys(e.media for e in chosen))
-        row_of = {m: row for row, m in enumerate(media)}
+        media, rows = unique_rows(e.media for e in chosen)
         return Batch(
             ids.to(self.device),
             mask.to(self.device),
             pad_left(labels, -100)[0].to(self.device),
             self.features.fetch(media).to(self.device),
-            torch.tensor([row_of[e.media] for e in chosen], device=self.device),
+            torch.tensor(rows, device=self.device),
         )
 
     def _shuffled(self, epoch: int) -> list[int]:
@@ -95,19 +96,19 @@ class TrainingBatches:
         by_media: dict[str, list[int]] = defaultdict(list)
         for index, example in enumerate(self.examples):
             by_media[example.media].append(index)
-        groups: list[list[int]] = []
+        groups: list[Sequence[int]] = []
         for indices in by_media.values():
             draw.shuffle(indices)
             indices.sort(key=self._length)
-            groups += _chunks(indices, self.config.examples_per_media)
+            groups += chunks(indices, self.config.examples_per_media)
         draw.shuffle(groups)
         size = self.config.batch_size
         pool_size = max(POOL_BATCHES * size // self.config.examples_per_media, 1)
-        batches: list[list[int]] = []
-        carried: list[int] = []
+        batches: list[Sequence[int]] = []
+        carried: Sequence[int] = []
         for begin in range(0, len(groups), pool_size):
             pool = sorted(groups[begin : begin + pool_size], key=lambda g: self._length(g[-1]))
-            *whole, carried = _chunks([*carried, *(i for group in pool for i in group)], size)
+            *whole, carried = chunks([*carried, *(i for group in pool for i in group)], size)
             batches += whole
         if len(carried) == size:
             batches.append(carried)
@@ -116,7 +117,3 @@ class TrainingBatches:
 
     def _length(self, index: int) -> int:
         return len(self._prompt_ids[self.examples[index].prompt])
-
-
-def _chunks(items: list[int], size: int) -> list[list[int]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]

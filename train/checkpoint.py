@@ -56,6 +56,24 @@ def load_weights(path: Path, model: AugmentedLM) -> Progress:
         EpalmError: no such file, unreadable, or of another variant.
     """
     tensors, progress = _read(path)
+    _put_weights(path, tensors, model)
+    return progress
+
+
+def load_state(path: Path, model: AugmentedLM, optimiser: torch.optim.AdamW) -> Progress:
+    """Put back what `save_state` wrote; errors as in `load_weights`."""
+    tensors, progress = _read(path)
+    _put_weights(path, tensors, model)
+    try:
+        for name, parameter in model.trained.named_parameters():
+            state = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in MOMENTS}
+            optimiser.state[parameter] = {"step": torch.tensor(float(progress.step)), **state}
+    except KeyError as error:
+        raise EpalmError(f"{path}: holds no optimiser state ({error}); cannot resume") from None
+    return progress
+
+
+def _put_weights(path: Path, tensors: dict[str, torch.Tensor], model: AugmentedLM) -> None:
     weights = {
         k.removeprefix("trained."): v for k, v in tensors.items() if k.startswith("trained.")
     }
@@ -63,17 +81,6 @@ def load_weights(path: Path, model: AugmentedLM) -> Progress:
         model.trained.load_state_dict(weights)
     except RuntimeError as error:
         raise EpalmError(f"{path}: does not fit the recipe's variant: {error}") from None
-    return progress
-
-
-def load_state(path: Path, model: AugmentedLM, optimiser: torch.optim.AdamW) -> Progress:
-    """Put back what `save_state` wrote; errors as in `load_weights`."""
-    progress = load_weights(path, model)
-    tensors, _ = _read(path)
-    for name, parameter in model.trained.named_parameters():
-        state = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in MOMENTS}
-        optimiser.state[parameter] = {"step": torch.tensor(float(progress.step)), **state}
-    return progress
 
 
 def _weights(model: AugmentedLM) -> dict[str, torch.Tensor]:

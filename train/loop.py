@@ -1,7 +1,6 @@
 """The training loop, top to bottom."""
 
 import json
-import time
 from collections.abc import Callable
 
 import torch
@@ -9,9 +8,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from epalm.errors import EpalmError
-from epalm.store.feature_set import Stage
 from epalm.train.batches import TrainingBatches
 from epalm.train.checkpoint import Progress, load_state, save_state, save_weights
+from epalm.train.clock import Clock
 from epalm.train.loss import batch_loss, example_losses
 from epalm.train.optimiser import learning_rates, make_optimiser, set_learning_rates
 from epalm.train.parts import Parts
@@ -21,37 +20,35 @@ Validate = Callable[[Parts], float]
 """Scores the model on the validation split; higher is better."""
 
 
-def train(run: Run, parts: Parts, validate: Validate | None) -> Progress:
+def train(run: Run, parts: Parts, batches: TrainingBatches, validate: Validate | None) -> Progress:
     """Train, or go on with, a run; returns where it ended.
 
-    Safe to interrupt: it resumes from the last checkpoint and then gives the same weights, bit for
-    bit, as an undisturbed training on the same machine.
+    Safe to interrupt: it resumes from the last checkpoint and then, on a CPU, gives the same
+    weights bit for bit as an undisturbed training on the same machine.
 
     Args:
         run: its folder takes checkpoints and metrics.
         parts: dataset, features and model of the run's recipe.
+        batches: by step.
         validate: None where the dataset has no validation split; then the last weights are best.
 
     Raises:
         EpalmError: the loss is not finite any more; the last checkpoint is kept.
     """
     config, model = run.recipe.train, parts.model
+    run.bind_features(parts.features.spec)
     if parts.features.extraction is not None:
         run.add_stage("extract", parts.features.extraction)
-    examples = parts.dataset.split("train")
-    batches = TrainingBatches(examples, parts.features, parts.codec, run.recipe, parts.device)
     optimiser = make_optimiser(model, config)
-    progress = Progress()
-    if run.last.is_file():
-        progress = load_state(run.last, model, optimiser)
-        kept = [line for line in run.read_metrics() if line["step"] <= progress.step]
-        run.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    progress = load_state(run.last, model, optimiser) if run.last.is_file() else Progress()
     if progress.step >= config.steps:
         return progress
+    run.truncate_metrics(progress.step)
 
-    start, waited, tokens, first = time.perf_counter(), 0.0, 0, progress.step
+    first, tokens = progress.step, 0
+    clock = Clock(run)
     with (
-        SummaryWriter(str(run.folder / "tensorboard"), purge_step=progress.step) as board,
+        SummaryWriter(str(run.folder / "tensorboard"), purge_step=first + 1) as board,
         run.metrics.open("a", encoding="utf-8") as metrics,
         tqdm(total=config.steps, initial=first, desc="train", unit="step") as bar,
     ):
@@ -63,37 +60,37 @@ def train(run: Run, parts: Parts, validate: Validate | None) -> Progress:
                 board.add_scalar(name, value, int(line["step"]))
 
         while progress.step < config.steps:
-            fetch = time.perf_counter()
-            batch = batches[progress.step]
-            waited += time.perf_counter() - fetch
-            tokens += int(batch.attention_mask.sum())
+            with clock.running("data"):
+                batch = batches[progress.step]
+                tokens += int(batch.attention_mask.sum())
 
-            set_learning_rates(optimiser, progress.step, config)
-            sums, counts = example_losses(
-                model,
-                batch.input_ids,
-                batch.attention_mask,
-                batch.labels,
-                batch.features,
-                batch.rows,
-            )
-            loss = batch_loss(sums, counts, config)
-            if not torch.isfinite(loss):
-                raise EpalmError(
-                    f"{run.folder}: the loss is {loss.item()} at step {progress.step}; lower "
-                    "train.lr or set train.clip_norm (checkpoints so far are kept)"
+            with clock.running("step"):
+                set_learning_rates(optimiser, progress.step, config)
+                sums, counts = example_losses(
+                    model,
+                    batch.input_ids,
+                    batch.attention_mask,
+                    batch.labels,
+                    batch.features,
+                    batch.rows,
                 )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            if config.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(model.trained.parameters(), config.clip_norm)
-            optimiser.step()
+                loss = batch_loss(sums, counts, config)
+                if not torch.isfinite(loss):
+                    raise EpalmError(
+                        f"{run.folder}: the loss is {loss.item()} at step {progress.step}; lower "
+                        "train.lr or set train.clip_norm (checkpoints so far are kept)"
+                    )
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                if config.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(model.trained.parameters(), config.clip_norm)
+                optimiser.step()
             progress.step += 1
             bar.update()
 
             done, last = progress.step, progress.step == config.steps
             if done % config.log_every == 0 or last or done == 1:
-                seconds = time.perf_counter() - start
+                seconds = clock.spent["data"] + clock.spent["step"]
                 log(
                     {
                         "step": done,
@@ -101,12 +98,13 @@ def train(run: Run, parts: Parts, validate: Validate | None) -> Progress:
                         "lr": learning_rates(done - 1, config)[0],
                         "examples_per_second": config.batch_size * (done - first) / seconds,
                         "tokens_per_second": tokens / seconds,
-                        "data_wait_share": waited / seconds,
+                        "data_wait_share": clock.spent["data"] / seconds,
                     }
                 )
                 bar.set_postfix(loss=f"{loss.item():.3f}")
             if validate is not None and (last or done % (config.val_every or config.steps) == 0):
-                score = validate(parts)
+                with clock.running("validate"):
+                    score = validate(parts)
                 log({"step": done, "val_accuracy": score})
                 tqdm.write(f"step {done}: val accuracy {score:.1%}")
                 if score > progress.best_score:
@@ -117,7 +115,5 @@ def train(run: Run, parts: Parts, validate: Validate | None) -> Progress:
                 save_weights(run.best, model, progress)
             if last or done % config.checkpoint_every == 0:
                 save_state(run.last, model, optimiser, progress)
-    seconds = time.perf_counter() - start
-    rate = f"{config.batch_size * (progress.step - first) / seconds:.1f} examples/s"
-    run.add_stage("train", Stage(round(seconds, 2), rate))
+                clock.record(done * config.batch_size)
     return progress

@@ -2,6 +2,7 @@
 
 RUNS/NAME/
     recipe.yaml                  the recipe, resolved
+    features.json                what made the features it was trained on (FeatureSpec)
     metrics.jsonl                one line per logged step and per validation
     tensorboard/                 the same for TensorBoard
     checkpoints/last.safetensors, best.safetensors
@@ -16,8 +17,9 @@ from typing import Any
 
 from epalm.config import Recipe, dump_recipe, load_recipe
 from epalm.errors import EpalmError
-from epalm.store.atomic import write_atomic
-from epalm.store.feature_set import Stage
+from epalm.store.atomic import read_json_lines, write_atomic
+from epalm.store.spec import FeatureSpec
+from epalm.store.stage import Stage
 
 FREE_TO_CHANGE = {"evaluate", "device", "runs"}
 """Recipe fields that may differ when a training is resumed."""
@@ -65,9 +67,27 @@ class Run:
         if not (folder / "recipe.yaml").is_file():
             raise EpalmError(f"{folder}: not a run folder (no recipe.yaml)")
         run = cls(folder, load_recipe(folder / "recipe.yaml", overrides))
-        if not run.last.is_file():
+        if not (run.last.is_file() or run.best.is_file()):
             raise EpalmError(f"{folder}: holds no trained weights ({run.last}); run `train` first")
         return run
+
+    def bind_features(self, spec: FeatureSpec) -> None:
+        """Record what made the features, or compare with what was recorded.
+
+        Raises:
+            EpalmError: the run was trained on other features (encoder weights replaced, say).
+        """
+        path = self.folder / "features.json"
+        if not path.is_file():
+            write_atomic(path, spec.canonical())
+            return
+        recorded = FeatureSpec.from_json(path.read_text(encoding="utf-8"))
+        if recorded != spec:
+            lines = "\n".join(f"  {line}" for line in spec.differences(recorded))
+            raise EpalmError(
+                f"{self.folder}: trained on other features:\n{lines}\nprovide the encoder it was "
+                "trained with, or train again under another name"
+            )
 
     def add_stage(self, name: str, stage: Stage) -> None:
         """Record what a stage took; one recorded before is replaced."""
@@ -83,11 +103,13 @@ class Run:
         return {name: Stage(**stage) for name, stage in known.items()}
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a line cut by a crash is left out."""
-        if not self.metrics.is_file():
-            return []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        """The lines of metrics.jsonl."""
+        return read_json_lines(self.metrics)
+
+    def truncate_metrics(self, step: int) -> None:
+        """Forget what was logged after a step."""
+        kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
+        write_atomic(self.metrics, "".join(kept))
 
 
 def _differences(old: Recipe, new: Recipe) -> list[str]:
