@@ -15,7 +15,7 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p epalm
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 setup: $(INSTALLED)
 
