@@ -8,6 +8,7 @@ run RECIPE              extract, train and evaluate, one after the other
 show RUN                the table of a run's scores
 """
 
+import errno
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,13 +32,18 @@ if TYPE_CHECKING:
 
 
 class Commands(click.Group):
-    """Turns our own errors into one message and exit code 2."""
+    """Turns our own and the system's errors into one message and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except EpalmError as error:
             click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except OSError as error:  # disk full, no permission, a file where a folder should be
+            if error.errno == errno.EPIPE:  # the reader of our output went away
+                raise
+            click.echo(f"error: {error}; what is written stays", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             click.echo("interrupted; what is written stays, the same command goes on", err=True)

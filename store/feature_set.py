@@ -134,7 +134,7 @@ class FeatureSet:
         with (self.folder / ".lock").open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise EpalmError(
                     f"{self.folder}: another extraction is writing this feature set; wait for it"
                 ) from None

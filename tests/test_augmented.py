@@ -165,6 +165,24 @@ def test_only_trained_parts_have_gradients(model: AugmentedLM) -> None:
     assert not any(module.training for module in model.lm.modules())
 
 
+def test_a_bfloat16_lm_trains_float32_parts(lm: PreTrainedModel) -> None:
+    """The LM held in bf16: same loss to its three digits, gradients and answers come out."""
+    ids = torch.randint(3, 384, (2, 5))
+    features, losses = torch.randn(2, 3, 24).half(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = AugmentedLM.from_config(lm.to(dtype), VARIANTS["epalm"], 4, 24)
+        sums, _ = example_losses(model, ids, torch.ones_like(ids), ids.roll(-1, 1), features)
+        sums.sum().backward()
+        losses.append(sums.sum().detach())
+        for parameter in model.trained.parameters():
+            assert parameter.grad.dtype == torch.float32
+            assert parameter.grad.isfinite().all()
+        new = model.generate(ids, torch.ones_like(ids), features, max_new_tokens=2, do_sample=False)
+        assert new.shape[1] > 5
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=0)
+
+
 def test_text_alone_equals_the_untouched_lm(lm: PreTrainedModel) -> None:
     """The family's parts, called layer by layer without any prefix, are the LM."""
     ids = torch.randint(3, 384, (2, 7))

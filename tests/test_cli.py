@@ -212,3 +212,9 @@ def test_show_before_evaluation(cli: Cli, toy: Toy, tmp_path: Path) -> None:
     cli("extract", recipe)
     cli("train", recipe)
     refused(cli("show", tmp_path / "runs" / "toy"), "scores.json", "run `evaluate` first")
+
+
+def test_a_store_that_cannot_be_written(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    root = tmp_path / "file" / "features"
+    refused(cli("extract", toy(), "--set", f"store.root={root}"), str(root), "Not a directory")

@@ -81,7 +81,10 @@ class Run:
         if not path.is_file():
             write_atomic(path, spec.canonical())
             return
-        recorded = FeatureSpec.from_json(path.read_text(encoding="utf-8"))
+        try:
+            recorded = FeatureSpec.from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError):
+            raise EpalmError(f"{path}: not readable by this version; train again") from None
         if recorded != spec:
             lines = "\n".join(f"  {line}" for line in spec.differences(recorded))
             raise EpalmError(
