@@ -161,7 +161,7 @@ def test_figures(trained: tuple[Run, Parts]) -> None:
     page = write_examples(run, parts.dataset).read_text()
     tags: list[str] = []
     reader = HTMLParser()
-    reader.handle_starttag = lambda tag, attributes: tags.append(tag)  # type: ignore[method-assign]
+    reader.handle_starttag = lambda tag, attributes: tags.append(tag)
     reader.feed(page)
     assert tags.count("img") == len({e.media for e in parts.dataset.split("test")})
     assert "http" not in page  # opens from a file, without a server

@@ -40,7 +40,7 @@ class BackendContract:
 
     @pytest.fixture
     def backend(self, tmp_path: Path) -> ShardBackend:
-        raise NotImplementedError  # given by each subclass
+        raise NotImplementedError  # each backend's subclass gives its own
 
     def test_reads_back_what_was_written(self, backend: ShardBackend) -> None:
         first, second = rows(4), rows(2, seed=1)
@@ -237,6 +237,6 @@ def test_atomic_write_leaves_nothing_behind_on_failure(tmp_path: Path) -> None:
     target = tmp_path / "file"
     write_atomic(target, "old")
     with pytest.raises(TypeError):
-        write_atomic(target, 7)  # type: ignore[arg-type]
+        write_atomic(target, 7)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert target.read_text() == "old"
