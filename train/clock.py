@@ -1,4 +1,4 @@
-"""Where a training's time goes, over all its sessions."""
+"""Where a training's time goes, over all its starts."""
 
 import time
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from epalm.train.run import Run
 
 
 class Clock:
-    """Wall time of this session by activity; `record` adds it to what the run had before."""
+    """Wall time since this start by activity; `record` adds it to what the run had before."""
 
     def __init__(self, run: Run):
         self.run, self.before = run, run.stages()
