@@ -146,7 +146,7 @@ def _encode_all(
         batches = (batch for shard in shards for batch in chunks(shard, recipe.encoder.batch_size))
         decoded = _decode_ahead(pool, encoder, batches, clock)
         for shard in shards:
-            rows = np.zeros((len(shard), *writer.row_shape), np.float32)
+            rows = np.zeros((len(shard), *writer.features.row_shape), np.float32)
             valid = np.zeros(len(shard), bool)
             for begin in range(0, len(shard), recipe.encoder.batch_size):
                 inputs = next(decoded)

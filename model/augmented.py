@@ -271,10 +271,12 @@ class AugmentedLM(nn.Module, GenerationMixin):
         """
         if rows is None:
             rows = torch.arange(len(input_ids), device=input_ids.device)
-        source: dict[str, Any] = {"features": features[rows], "use_cache": False}
+        source: dict[str, Any]
         if use_cache and not self.reference_mask:
             cache = self.perceive(features, rows.repeat_interleave(num_beams))
             source = {"past_key_values": cache, "use_cache": True}
+        else:
+            source = {"features": features[rows], "use_cache": False}
         return super().generate(
             input_ids, attention_mask=attention_mask, num_beams=num_beams, **source, **options
         )

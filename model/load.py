@@ -90,8 +90,10 @@ def _converted(gguf: Path) -> Path:
         raise EpalmError(_not_loadable(str(gguf), gguf, error)) from None
     try:
         partial.rename(target)
-    except OSError:  # another process was faster
+    except OSError:
         shutil.rmtree(partial)
+        if not target.is_dir():  # else another process was faster
+            raise
     return target
 
 

@@ -111,7 +111,7 @@ class FeatureSet:
             self._checked.add(shard)
         return block
 
-    def catalogue(self, dataset: str) -> "dict[str, CatalogueEntry]":
+    def catalogue(self, dataset: str) -> dict[str, CatalogueEntry]:
         """What is known of a dataset's media, by id; empty when none was extracted."""
         path = self._catalogue_path(dataset)
         if not path.is_file():
@@ -174,7 +174,6 @@ class FeatureSetWriter:
 
     def __init__(self, features: FeatureSet):
         self.features = features
-        self.row_shape = features.row_shape
 
     def append(
         self, hashes: Sequence[str], rows: NDArray[np.generic], valid: NDArray[np.bool_]

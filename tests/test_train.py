@@ -77,7 +77,7 @@ def test_an_epoch_shows_every_example_once_and_little_padding(
     share = sum(float(b.attention_mask.sum()) for b in epoch) / sum(
         b.attention_mask.numel() for b in epoch
     )
-    assert share > 0.85  # nine batches of eight; shuffled without regard to length it is 0.7
+    assert share > 0.85  # 0.88 measured here; shuffled without regard to length it is 0.77
 
 
 def test_too_few_examples(prepare: Callable[..., Parts]) -> None:
@@ -113,7 +113,7 @@ def test_it_learns_and_leaves_the_lm_alone(prepare: Callable[..., Parts]) -> Non
     run = Run.create(parts.recipe)
     progress = fit(run, parts, validate)
     losses = [line["loss"] for line in run.read_metrics() if "loss" in line]
-    assert sum(losses[-9:]) / 9 < 0.65 * losses[0]  # nine batches are an epoch
+    assert sum(losses[-10:]) / 10 < 0.65 * losses[0]  # ten batches are an epoch
     assert progress.step == 60
     assert all(
         torch.equal(value, frozen[name]) for name, value in parts.model.lm.state_dict().items()
