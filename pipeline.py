@@ -3,9 +3,10 @@
 extract RECIPE          run the frozen encoder once, fill the feature store
 train RECIPE            fit connections and soft prompt on the features
 evaluate RUN            generate, score, and control with shuffled media
-predict RUN             one image, one prompt, one answer
+predict RUN             one file, one prompt, one answer
 run RECIPE              extract, train and evaluate, one after the other
 show RUN                the table of a run's scores
+cache COMMAND           ls, info, verify, diff, repair, gc, convert, estimate: the feature store
 """
 
 import errno
@@ -27,6 +28,7 @@ from epalm.errors import EpalmError
 
 if TYPE_CHECKING:
     from epalm.config import Recipe
+    from epalm.store.feature_set import FeatureSet
     from epalm.train.parts import Parts
     from epalm.train.run import Run
 
@@ -72,11 +74,12 @@ overwrite_option = click.option(
 @main.command()
 @recipe_argument
 @set_option
-def extract(recipe: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--retry-failed", is_flag=True, help="Try media again that failed before.")
+def extract(recipe: Path, overrides: tuple[str, ...], retry_failed: bool) -> None:
     """Encode the recipe's media that the feature store does not hold yet."""
     from epalm.config import load_recipe
 
-    _extract(load_recipe(recipe, overrides))
+    _extract(load_recipe(recipe, overrides), retry_failed)
 
 
 @main.command()
@@ -105,19 +108,22 @@ def evaluate(folder: Path, overrides: tuple[str, ...], checkpoint: str) -> None:
 
 @main.command()
 @run_argument
-@click.option("--image", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--image", "--video", "--audio", "media", metavar="FILE", required=True,
+    type=click.Path(path_type=Path), help="The file that is asked about.",
+)  # fmt: skip
 @click.option("--ask", required=True, metavar="TEXT", help="The prompt, as in the dataset.")
 @set_option
 @checkpoint_option
 def predict(
-    folder: Path, image: Path, ask: str, overrides: tuple[str, ...], checkpoint: str
+    folder: Path, media: Path, ask: str, overrides: tuple[str, ...], checkpoint: str
 ) -> None:
-    """Answer a question about an image file."""
+    """Answer a question about an image, video or audio file."""
     from epalm.evaluate.predict import predict as answer
     from epalm.train.run import Run
 
     run = Run.open(folder, overrides)
-    click.echo(answer(run, getattr(run, checkpoint), image, ask))
+    click.echo(answer(run, getattr(run, checkpoint), media, ask))
 
 
 @main.command()
@@ -152,12 +158,188 @@ def show(folder: Path) -> None:
     click.echo(format_table(json.loads(scores.read_text(encoding="utf-8"))))
 
 
-def _extract(recipe: "Recipe") -> None:
+@main.group()
+def cache() -> None:
+    """Look at feature sets, check them, and look after them."""
+
+
+set_argument = click.argument("target", metavar="SET", type=click.Path(path_type=Path))
+
+
+@cache.command("ls")
+@click.argument("root", default="features", type=click.Path(path_type=Path))
+def cache_ls(root: Path) -> None:
+    """List the feature sets in a folder."""
+    from epalm.store.listing import table_of_sets
+
+    click.echo(table_of_sets(root))
+
+
+@cache.command("info")
+@set_argument
+def cache_info(target: Path) -> None:
+    """Print all that is known of a feature set, given its folder or a recipe."""
+    from epalm.store.listing import page_of_set
+
+    click.echo(page_of_set(_feature_set(target)))
+
+
+@cache.command("verify")
+@set_argument
+@click.option("--deep", is_flag=True, help="Also encode a random sample again; SET is a recipe.")
+@click.option("--sample", default=16, show_default=True, help="Rows of each column to encode.")
+@set_option
+def cache_verify(target: Path, deep: bool, sample: int, overrides: tuple[str, ...]) -> None:
+    """Compare every shard with its checksum."""
+    from tqdm import tqdm
+
+    from epalm.store.maintenance import verify
+
+    if deep and target.is_dir():
+        raise EpalmError(f"{target}: --deep needs the recipe instead of the set, to find the media")
+    features = _feature_set(target, overrides)
+    problems = verify(features, lambda shards: tqdm(list(shards), "verify", unit="shard"))
+    if problems:
+        lines = [f"  {p.column.folder.name}, shard {p.shard}: {p.what}" for p in problems]
+        raise EpalmError("\n".join([f"{features.folder}: {len(problems)} broken shards", *lines,
+                                    "run `cache repair` with the recipe"]))  # fmt: skip
+    shards = sum(len(column.markers) for column in features.columns)
+    click.echo(f"{features.folder}: {shards} shards, all as they were written")
+    if deep:
+        _verify_deep(target, overrides, sample)
+
+
+@cache.command("diff")
+@click.argument("one", type=click.Path(path_type=Path))
+@click.argument("other", type=click.Path(path_type=Path))
+def cache_diff(one: Path, other: Path) -> None:
+    """Print in which fields two specs differ; each is a feature set's folder or a recipe."""
+    from epalm.extract.compare import differences
+
+    lines = differences(one, other)
+    click.echo("\n".join(lines) or "the same features")
+
+
+@cache.command("repair")
+@recipe_argument
+@set_option
+def cache_repair(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Drop the shards that are broken, and extract these again, in their places."""
+    from tqdm import tqdm
+
+    from epalm.config import load_recipe
+    from epalm.store.maintenance import give_up, verify
+
+    features = _feature_set(recipe, overrides)
+    problems = verify(features, lambda shards: tqdm(list(shards), "verify", unit="shard"))
+    give_up(problems)
+    click.echo(f"{features.folder}: {len(problems)} broken shards")
+    if problems:
+        _extract(load_recipe(recipe, overrides))
+
+
+@cache.command("gc")
+@set_argument
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@click.option("--removed", is_flag=True, help="First forget media whose files are gone.")
+def cache_gc(target: Path, dry_run: bool, removed: bool) -> None:
+    """Delete what nothing in a feature set refers to any more."""
+    from epalm.store.listing import words_for_bytes
+    from epalm.store.maintenance import collect, forget_removed, garbage
+
+    features = _feature_set(target)
+    if removed and not dry_run:
+        for dataset in features.datasets():
+            click.echo(f"{dataset}: {len(forget_removed(features, dataset))} media forgotten")
+    found = garbage(features) if dry_run else collect(features)
+    for path in found:
+        click.echo(f"  {path.relative_to(features.folder)}")
+    verb = "would be deleted" if dry_run else "deleted"
+    click.echo(f"{len(found)} files, {words_for_bytes(sum(found.values()))} {verb}")
+
+
+@cache.command("convert")
+@set_argument
+@click.option("--to", "backend", required=True, help="zarr or hdf5")
+def cache_convert(target: Path, backend: str) -> None:
+    """Move a feature set to another backend."""
+    from tqdm import tqdm
+
+    from epalm.store.maintenance import convert
+
+    features = _feature_set(target)
+    if features.layout.backend == backend:
+        click.echo(f"{features.folder}: is {backend} already")
+        return
+    done = convert(features, backend, lambda shards: tqdm(list(shards), "convert", unit="shard"))
+    click.echo(f"{done.folder}: {backend}")
+
+
+@cache.command("estimate")
+@recipe_argument
+@click.option("--sample", default=32, show_default=True, help="Media to measure the rate on.")
+@set_option
+def cache_estimate(recipe: Path, sample: int, overrides: tuple[str, ...]) -> None:
+    """Say what an extraction would add, and how long it would take."""
+    from epalm.config import load_recipe
+    from epalm.data import load_dataset
+    from epalm.extract.check import estimate
+    from epalm.store.listing import words_for_bytes
+
+    loaded = load_recipe(recipe, overrides)
+    found = estimate(loaded, load_dataset(loaded), sample)
+    for name, rows in found.rows.items():
+        click.echo(f"{name}: {rows:,} rows of {words_for_bytes(found.row_bytes[name])}")
+    if found.rate is None:
+        click.echo(f"nothing to do; all is in {found.folder}")
+        return
+    click.echo(
+        f"{words_for_bytes(found.bytes)} into {found.folder}; about {found.seconds / 60:.1f} min "
+        f"at {found.rate:.1f} rows/s, measured here"
+    )
+
+
+def _feature_set(target: Path, overrides: tuple[str, ...] = ()) -> "FeatureSet":
+    """The set in a folder, or the one that a recipe names."""
+    from epalm.extract.compare import set_of_recipe
+    from epalm.store.feature_set import open_set
+
+    return open_set(target) if target.is_dir() else set_of_recipe(target, overrides)
+
+
+def _verify_deep(recipe: Path, overrides: tuple[str, ...], sample: int) -> None:
+    from epalm.config import load_recipe
+    from epalm.data import load_dataset
+    from epalm.extract.check import verify_deep
+
+    loaded = load_recipe(recipe, overrides)
+    different = []
+    for c in verify_deep(loaded, load_dataset(loaded), sample):
+        click.echo(
+            f"{c.column}: {c.rows} rows encoded again, largest difference "
+            f"{c.largest_difference:.2g} (values up to {c.largest_value:.3g}, arithmetic explains "
+            f"{c.bound:.2g})"
+        )
+        if c.largest_difference > c.bound:
+            different.append(c.column)
+    if different:
+        raise EpalmError(
+            f"{', '.join(different)}: other features than the encoder makes now; if weights and "
+            "libraries are those of the extraction, delete the column and extract again"
+        )
+
+
+def _extract(recipe: "Recipe", retry_failed: bool = False) -> None:
     from epalm.data import load_dataset
     from epalm.extract.loop import extract as encode
 
-    report = encode(recipe, load_dataset(recipe))
+    report = encode(recipe, load_dataset(recipe), retry_failed)
     features = report.features
+    if report.removed:
+        click.echo(
+            f"extract: {len(report.removed)} media that were extracted before are gone, "
+            f"{report.removed[0]} among them; their features stay (see `cache gc`)"
+        )
     if not report.encoded:
         failed = f" but {len(report.failed)} that cannot be used" if report.failed else ""
         click.echo(
@@ -167,8 +349,7 @@ def _extract(recipe: "Recipe") -> None:
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     click.echo(
         f"extract: {report.encoded} media in {report.total_seconds:.1f} s ({stages}), "
-        f"{report.found} found, {len(report.failed)} failed; now {len(features)} in "
-        f"{features.folder}"
+        f"{report.found} found, {len(report.failed)} failed; in {features.folder}"
     )
 
 

@@ -22,7 +22,7 @@ def load(config: DataConfig) -> Dataset:
     for split in ("train", "test"):
         examples += _read_split(root, split)
     media = {e.media: Media(e.media, root / e.media) for e in examples}
-    return Dataset(config.name or "easy-vqa", tuple(examples), media)
+    return Dataset(config.name or "easy-vqa", tuple(examples), media, root)
 
 
 def _read_split(root: Path, split: str) -> list[Example]:

@@ -10,7 +10,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Media:
-    """One image file.
+    """One image, video or audio file.
 
     Attributes:
         id: path relative to the dataset's media root, with forward slashes.
@@ -44,11 +44,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples and the media they ask about, by media id."""
+    """Examples and the media they ask about, by media id, relative to the folder `root`."""
 
     name: str
     examples: tuple[Example, ...]
     media: dict[str, Media]
+    root: Path
 
     def split(self, name: str) -> tuple[Example, ...]:
         """The examples of one split, in order."""

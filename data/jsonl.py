@@ -40,7 +40,7 @@ def load(config: DataConfig) -> Dataset:
     if not examples:
         raise EpalmError(f"{path}: holds no examples")
     media = {e.media: Media(e.media, root / e.media) for e in examples.values()}
-    return Dataset(config.name or path.stem, tuple(examples.values()), media)
+    return Dataset(config.name or path.stem, tuple(examples.values()), media, root)
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One raw image through encoder and LM."""
+"""One raw media file through encoder and LM."""
 
 from pathlib import Path
 
@@ -7,17 +7,19 @@ import torch
 from epalm.device import choose_device
 from epalm.errors import EpalmError
 from epalm.evaluate.generation import generate_texts
+from epalm.extract.columns import column_specs, last_layers
 from epalm.extract.encoder import build, describe
+from epalm.extract.workers import describe_error
 from epalm.train.checkpoint import load_weights
 from epalm.train.parts import build_model
 from epalm.train.run import Run
 
 
-def predict(run: Run, checkpoint: Path, image: Path, prompt: str) -> str:
-    """The run's answer to a prompt about an image file.
+def predict(run: Run, checkpoint: Path, media: Path, prompt: str) -> str:
+    """The run's answer to a prompt about an image, video or audio file.
 
     Raises:
-        EpalmError: an image that cannot be read, or weights that are missing.
+        EpalmError: a file that cannot be read, or weights that are missing.
     """
     recipe = run.recipe
     device = choose_device(recipe.device)
@@ -25,10 +27,13 @@ def predict(run: Run, checkpoint: Path, image: Path, prompt: str) -> str:
     run.bind_features(spec)
     encoder = build(recipe, device)
     try:
-        pixels = encoder.preprocess(image.read_bytes())
+        inputs = encoder.preprocess(media.read_bytes(), None)
     except Exception as error:  # whatever a broken file does to its decoder
-        raise EpalmError(f"--image {image}: cannot be decoded ({error})") from None
-    layers = encoder.encode(pixels[None])[:, -recipe.variant.encoder_layers :, 0]
+        raise EpalmError(
+            f"{media}: cannot be decoded ({': '.join(describe_error(error))})"
+        ) from None
+    wanted = last_layers(recipe, column_specs(recipe, spec)[0])
+    layers = encoder.encode(inputs[None], wanted)[:, :, 0]
     layers = layers.to(getattr(torch, spec.dtype))  # as the store would have kept them
     model, codec = build_model(recipe, spec.layers, spec.dim, device)
     load_weights(checkpoint, model)

@@ -1,62 +1,77 @@
-"""Image encoder: any timm ViT with a class token, the [CLS] of every layer (convention 11)."""
+"""Image encoders: any timm ViT, and timm's staged encoders (Hiera, ConvNeXt, Swin, ResNet).
+
+The tokens of every layer after the final norm (convention 11). A ViT has equal layers. A staged
+encoder has feature maps of growing width, no class token and no norm that fits them all: its
+positions are the tokens, each padded with zeros to the widest stage, which a linear connection
+cannot tell from the narrow one.
+"""
 
 import difflib
-import io
+import inspect
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import timm
 import timm.data
 import torch
-from PIL import Image, ImageOps
 from safetensors import SafetensorError
 
 from epalm.address import digest, resolve
 from epalm.config import Recipe
 from epalm.errors import EpalmError
-from epalm.extract.encoder import weights_file
+from epalm.extract.encoder import Encoder, check_has_class_token, weights_file
 from epalm.extract.onnx_weights import read_dinov2
+from epalm.extract.pixels import REFERENCE, ImagePreprocess
 from epalm.store.spec import FeatureSpec
 
 
-class TimmViT:
-    """See `Encoder`. Features are (L, 1, D): one class token a layer."""
+class TimmViT(Encoder):
+    """A timm ViT: layers of (B, prefix + patches, D)."""
 
-    def __init__(
-        self, model: Any, preprocess: dict[str, Any], recipe: Recipe, device: torch.device
-    ):
-        self.model = model.eval().requires_grad_(False).to(device)
-        self.final_norm = recipe.encoder.final_norm
-        self.dtype = getattr(torch, recipe.encoder.dtype)
-        self.device = device
-        self.transform = timm.data.create_transform(**preprocess)
+    @property
+    def prefix(self) -> int:  # type: ignore[override]
+        return self.model.num_prefix_tokens
 
-    def preprocess(self, content: bytes) -> torch.Tensor:
-        with Image.open(io.BytesIO(content)) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        return self.transform(upright)
+    def hidden_states(self, batch: torch.Tensor, layers: Sequence[int]) -> Sequence[torch.Tensor]:
+        found = self.model.forward_intermediates(
+            batch,
+            indices=list(layers),
+            norm=self.final_norm,
+            return_prefix_tokens=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        # with prefix tokens, timm gives (patches, prefix) for each layer
+        return [torch.cat(f[::-1], dim=1) if isinstance(f, tuple) else f for f in found]
 
-    @torch.inference_mode()
-    def encode(self, batch: torch.Tensor) -> torch.Tensor:
-        batch = batch.to(self.device)
-        mixed = self.dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed):
-            layers = self.model.forward_intermediates(
-                batch,
-                norm=self.final_norm,
-                return_prefix_tokens=True,
-                output_fmt="NLC",
-                intermediates_only=True,
-            )
-        # each layer: (patches (B, N, D), prefix tokens (B, 1 or more, D)); [CLS] is the first
-        return torch.stack([prefix[:, :1] for _, prefix in layers], dim=1).float().cpu()
+
+class TimmStages(Encoder):
+    """A timm encoder of feature maps: layers of (B, positions, widest D)."""
+
+    prefix = 0
+
+    def hidden_states(self, batch: torch.Tensor, layers: Sequence[int]) -> Sequence[torch.Tensor]:
+        maps = self.model.forward_intermediates(
+            batch, indices=list(layers), norm=False, output_fmt="NCHW", intermediates_only=True
+        )
+        width = self.model.num_features
+        tokens = [m.flatten(2).transpose(1, 2) for m in maps]
+        return [torch.nn.functional.pad(t, (0, width - t.shape[-1])) for t in tokens]
 
 
 def describe(recipe: Recipe, weights_at_hand: bool = True) -> FeatureSpec:
     """See `extract.encoder.describe`."""
     arch, pretrained, model_args = _architecture(recipe)
+    numbers = image_numbers(recipe, pretrained)
     with torch.device("meta"):
-        model = _create(recipe, arch, **model_args)
+        model = create(recipe, arch, **model_args)
+        layers, tokens, dim = _sizes(model, numbers["input_size"])
+    if not is_vit(model) and recipe.encoder.final_norm:
+        raise EpalmError(
+            f"encoder.final_norm: the stages of {arch} differ in width, no norm fits them all; "
+            "set it to false"
+        )
     weights = digest(weights_file(resolve(recipe.encoder.weights))) if weights_at_hand else ""
     return FeatureSpec(
         modality="image",
@@ -64,25 +79,32 @@ def describe(recipe: Recipe, weights_at_hand: bool = True) -> FeatureSpec:
         encoder_arguments={key: _plain(value) for key, value in model_args.items()},
         encoder_parameters=sum(p.numel() for p in model.parameters()),
         weights=weights,
-        layers=len(model.blocks),
-        tokens="cls",
-        dim=model.embed_dim,
+        layers=layers,
+        tokens=tokens,
+        dim=dim,
         final_norm=recipe.encoder.final_norm,
         compute=recipe.encoder.dtype,
-        preprocess={**_preprocess(recipe, pretrained), "colour": "RGB", "exif": "transposed"},
-        view=0,
+        preprocess=numbers,
         dtype=recipe.store.dtype,
     )
 
 
-def build(recipe: Recipe, device: torch.device) -> TimmViT:
+def build(recipe: Recipe, device: torch.device) -> Encoder:
     """See `extract.encoder.build`."""
+    model, numbers = load_timm(recipe)
+    preprocess = ImagePreprocess(numbers, recipe)
+    kind = TimmViT if is_vit(model) else TimmStages
+    return kind(model, preprocess, recipe, device)
+
+
+def load_timm(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+    """The recipe's timm model with its weights, and the numbers of its preprocessing."""
     arch, pretrained, model_args = _architecture(recipe)
     file = weights_file(resolve(recipe.encoder.weights))
     source = {"state_dict": read_dinov2(file)} if file.suffix == ".onnx" else {"file": str(file)}
     try:
         # timm's own loading resamples the position grid and drops the classifier
-        model = _create(
+        model = create(
             recipe,
             arch,
             **model_args,
@@ -91,7 +113,55 @@ def build(recipe: Recipe, device: torch.device) -> TimmViT:
         )
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise EpalmError(f"encoder.weights: {file} does not fit {arch}: {error}") from None
-    return TimmViT(model, _preprocess(recipe, pretrained), recipe, device)
+    return model, image_numbers(recipe, pretrained)
+
+
+def create(recipe: Recipe, arch: str, **kwargs: Any) -> Any:
+    """The timm model of this architecture; EpalmError when it is no encoder we can use."""
+    try:
+        model = timm.create_model(arch, num_classes=0, **{**kwargs, **_sized(recipe, arch)})
+    except TypeError as error:
+        raise EpalmError(f"encoder.arch: {arch} cannot be built so ({error})") from None
+    if not hasattr(model, "forward_intermediates"):
+        raise EpalmError(f"encoder.arch: {arch} does not give its layers; choose another encoder")
+    check_has_class_token(recipe, model.num_prefix_tokens if is_vit(model) else 0, arch)
+    return model
+
+
+def image_numbers(recipe: Recipe, pretrained: dict[str, Any]) -> dict[str, Any]:
+    """Every number of the preprocessing, resolved from the model's data configuration."""
+    size = recipe.encoder.image_size
+    args = {} if size is None else {"input_size": (3, size, size)}
+    config = timm.data.resolve_data_config(args, pretrained_cfg=pretrained)
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    numbers = {key: _plain(config[key]) for key in keys}
+    if recipe.encoder.preprocess == "reference":
+        return {**numbers, **REFERENCE, "colour": "RGB", "exif": "ignored"}
+    return {**numbers, "colour": "RGB", "exif": "transposed"}
+
+
+def is_vit(model: Any) -> bool:
+    """Its layers are token sequences of one width."""
+    return "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
+
+
+def _sized(recipe: Recipe, arch: str) -> dict[str, Any]:
+    """The argument for the image size, where the architecture has a fixed one."""
+    size = recipe.encoder.image_size
+    takes_size = timm.get_pretrained_cfg(arch).fixed_input_size
+    return {"img_size": size} if size is not None and takes_size else {}
+
+
+def _sizes(model: Any, input_size: Sequence[int]) -> tuple[int, int, int]:
+    """Layers, tokens per layer (of the last one) and width of a model on the meta device."""
+    image = torch.zeros(1, *input_size)
+    if is_vit(model):
+        found = model.forward_intermediates(image, output_fmt="NLC", intermediates_only=True)
+        return len(found), model.num_prefix_tokens + found[-1].shape[1], model.embed_dim
+    found = model.forward_intermediates(
+        image, norm=False, output_fmt="NCHW", intermediates_only=True
+    )
+    return len(found), found[-1].shape[2:].numel(), model.num_features
 
 
 def _architecture(recipe: Recipe) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -128,26 +198,6 @@ def _pretrained_cfg(name: str, where: str) -> dict[str, Any]:
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         raise EpalmError(f"{where}: timm does not know it; near: {', '.join(near) or 'none'}")
     return dict(found.to_dict())
-
-
-def _create(recipe: Recipe, arch: str, **kwargs: Any) -> Any:
-    if recipe.encoder.image_size is not None:
-        kwargs["img_size"] = recipe.encoder.image_size
-    try:
-        model = timm.create_model(arch, num_classes=0, **kwargs)
-    except TypeError as error:
-        raise EpalmError(f"encoder.arch: {arch} cannot be built as a ViT ({error})") from None
-    if getattr(model, "cls_token", None) is None or not hasattr(model, "forward_intermediates"):
-        raise EpalmError(f"encoder.arch: {arch} has no class token; choose a ViT that has one")
-    return model
-
-
-def _preprocess(recipe: Recipe, pretrained: dict[str, Any]) -> dict[str, Any]:
-    size = recipe.encoder.image_size
-    args = {} if size is None else {"input_size": (3, size, size)}
-    config = timm.data.resolve_data_config(args, pretrained_cfg=pretrained)
-    keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    return {key: _plain(config[key]) for key in keys}
 
 
 def _plain(value: Any) -> Any:

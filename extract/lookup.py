@@ -1,36 +1,148 @@
-"""The features that a recipe needs, found in the store and read by media id."""
+"""The features that a recipe needs, found in the store and read by media id and view."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import psutil
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from epalm.config import Recipe
 from epalm.data.example import Dataset
 from epalm.errors import EpalmError, NotHereError
+from epalm.extract.columns import column_specs, last_layers
 from epalm.extract.encoder import describe
 from epalm.extract.loop import bad_media_message
-from epalm.store.feature_set import FeatureSet, find
+from epalm.store.column import Column, Row
+from epalm.store.feature_set import Catalogue, FeatureSet, find
+from epalm.store.spec import ColumnSpec, FeatureSpec
+from epalm.store.stage import Stage
+
+FREE_SHARE = 0.5  # of the free memory that features may take
+
+
+class _Group:
+    """Columns that together keep the wanted encoder layers of some views."""
+
+    def __init__(self, features: FeatureSet, wanted: ColumnSpec):
+        columns, missing = features.covering(wanted)
+        if missing:
+            raise EpalmError(
+                f"{features.folder}: keeps no {wanted.tokens} tokens of the encoder layers "
+                f"{', '.join(map(str, missing))} for this recipe's views; run `extract` with it"
+            )
+        self.layers = wanted.layers
+        self.parts: list[tuple[Column, list[int], list[int]]] = []
+        left = set(wanted.layers)
+        for column in columns:
+            kept = column.column.layers
+            taken = [layer for layer in kept if layer in left]
+            left -= set(taken)
+            self.parts.append(
+                (column, [kept.index(t) for t in taken], [self.layers.index(t) for t in taken])
+            )
+
+    def __contains__(self, row: Row) -> bool:
+        return all(row in column for column, _, _ in self.parts)
+
+    def dtype(self) -> str:
+        dtypes = {column.dtype() for column, _, _ in self.parts}
+        return "float32" if "float32" in dtypes else dtypes.pop()
+
+    def gather(self, rows: Sequence[Row]) -> NDArray[np.generic]:
+        """(n, layers, tokens, D)."""
+        column, positions, _ = self.parts[0]
+        if len(self.parts) == 1 and positions == list(range(positions[0], positions[-1] + 1)):
+            return column.gather(column.rows(rows), slice(positions[0], positions[-1] + 1))
+        out = np.empty((len(rows), len(self.layers), *column.row_shape[1:]), self.dtype())
+        for column, positions, places in self.parts:
+            out[:, places] = column.gather(column.rows(rows))[:, positions]
+        return out
 
 
 class FeatureTable:
-    """Features of a dataset's media, the last n encoder layers of each."""
+    """Features of a dataset's media: the last n encoder layers, view 0 and views 1..K.
 
-    def __init__(self, features: FeatureSet, dataset: str, layers: int):
-        self.spec = features.spec
-        self.extraction = features.last_extraction()
-        self._features = features
-        self._layers = slice(features.spec.layers - layers, None)
-        self._hash_of = {m: entry.content_hash for m, entry in features.catalogue(dataset).items()}
+    They are on the device, in memory or on disk, as `store.placement` says.
 
-    def __contains__(self, media: str) -> bool:
-        return self._hash_of.get(media, "") in self._features
+    Attributes:
+        views: K; the augmented views that training media have.
+    """
 
-    def fetch(self, media: Sequence[str]) -> torch.Tensor:
-        """(M, n, D) in the stored number format, ascending encoder layers."""
-        rows = self._features.rows([self._hash_of[m] for m in media])
-        return torch.from_numpy(self._features.gather(rows, self._layers)[:, :, 0])
+    def __init__(self, recipe: Recipe, features: FeatureSet, catalogue: Catalogue):
+        self.spec: FeatureSpec = features.spec
+        self.extraction: Stage | None = features.last_extraction()
+        self.views = recipe.encoder.views.count
+        self._hash_of = {m: entry.content_hash for m, entry in catalogue.media.items()}
+        wanted = [
+            ColumnSpec(c.tokens, c.token_count, last_layers(recipe, c), c.augmentation)
+            for c in column_specs(recipe, features.spec)
+        ]
+        if wanted[0].token_count != 1:
+            raise EpalmError(
+                f"encoder.tokens: {wanted[0].tokens} keeps {wanted[0].token_count} tokens a layer, "
+                "the connection takes one; set it to cls or mean"
+            )
+        self._plain = _Group(features, wanted[0])
+        self._augmented = _Group(features, wanted[-1])
+        self._placed: torch.Tensor | None = None
+        self._place_of: dict[tuple[str, int], int] = {}
+
+    def has(self, media: str, view: int) -> bool:
+        """The store holds this view of the media."""
+        group = self._augmented if view else self._plain
+        return Row(self._hash_of.get(media, ""), view) in group
+
+    def fetch(self, media: Sequence[str], views: Sequence[int] | None = None) -> torch.Tensor:
+        """(M, n, D) in the stored number format, ascending encoder layers.
+
+        Args:
+            media: ids.
+            views: the view of each; default: 0.
+        """
+        keys = list(zip(media, views or [0] * len(media), strict=True))
+        if self._placed is not None:
+            places = torch.tensor([self._place_of[key] for key in keys], device=self._placed.device)
+            return self._placed.index_select(0, places)
+        return self._read(keys)
+
+    def place(self, keys: Sequence[tuple[str, int]], placement: str, device: torch.device) -> None:
+        """Bring features of these (media, view) to where training will read them.
+
+        Says where they are. `auto` takes the device, else memory, else leaves them on disk, by
+        what is free.
+        """
+        if not keys:
+            return
+        sample = self._read(keys[:1])
+        size = sample.nbytes * len(keys)
+        if placement == "auto":
+            placement = _roomiest(size, device)
+        words = {"device": f"on {device}", "ram": "in memory", "disk": "on disk, mapped"}
+        tqdm.write(
+            f"features: {size / 1e6:,.1f} MB of {len(keys):,} media and views {words[placement]}"
+        )
+        if placement == "disk":
+            return
+        table = torch.empty((len(keys), *sample.shape[1:]), dtype=sample.dtype,
+                            pin_memory=placement == "ram" and device.type == "cuda")  # fmt: skip
+        for begin in range(0, len(keys), 4096):
+            table[begin : begin + 4096] = self._read(keys[begin : begin + 4096])
+        self._placed = table.to(device) if placement == "device" else table
+        self._place_of = {key: place for place, key in enumerate(keys)}
+
+    def _read(self, keys: Sequence[tuple[str, int]]) -> torch.Tensor:
+        rows = [Row(self._hash_of[media], view) for media, view in keys]
+        if not any(row.view for row in rows):
+            return torch.from_numpy(self._plain.gather(rows)[:, :, 0])
+        if all(row.view for row in rows):
+            return torch.from_numpy(self._augmented.gather(rows)[:, :, 0])
+        dtypes = {self._plain.dtype(), self._augmented.dtype()}
+        found = [(self._augmented if row.view else self._plain).gather([row]) for row in rows]
+        joint = "float32" if "float32" in dtypes else dtypes.pop()
+        return torch.from_numpy(np.concatenate(found).astype(joint)[:, :, 0])
 
 
 def open_features(recipe: Recipe, dataset: Dataset) -> tuple[FeatureTable, Dataset]:
@@ -48,8 +160,9 @@ def open_features(recipe: Recipe, dataset: Dataset) -> tuple[FeatureTable, Datas
         spec = describe(recipe, weights_at_hand=False)
         tqdm.write(f"{error}; looking for features made with weights from that address")
     features = find(Path(recipe.store.root), spec, recipe.encoder.weights)
-    table = FeatureTable(features, dataset.name, recipe.variant.encoder_layers)
-    failed, unknown = _without_features(features, dataset, table)
+    catalogue = features.catalogue(dataset.name)
+    table = FeatureTable(recipe, features, catalogue)
+    failed, unknown = _without_features(features, catalogue, dataset, table)
     if unknown:
         raise EpalmError(
             f"{features.folder}: {len(unknown)} media of {dataset.name} are not extracted, or have "
@@ -62,34 +175,48 @@ def open_features(recipe: Recipe, dataset: Dataset) -> tuple[FeatureTable, Datas
     return table, dataset.without_media(failed)
 
 
+def needed_views(dataset: Dataset, views: int) -> dict[str, list[int]]:
+    """By media id, the views that a training with K augmented views reads."""
+    training = {e.media for e in dataset.split("train")}
+    return {m: [0, *range(1, views + 1)] if m in training else [0] for m in dataset.media}
+
+
+def _roomiest(size: int, device: torch.device) -> str:
+    """Where so many bytes have room."""
+    if device.type == "cuda" and size <= FREE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    return "ram" if size <= FREE_SHARE * psutil.virtual_memory().available else "disk"
+
+
 def _without_features(
-    features: FeatureSet, dataset: Dataset, table: FeatureTable
+    features: FeatureSet, catalogue: Catalogue, dataset: Dataset, table: FeatureTable
 ) -> tuple[dict[str, str], list[str]]:
     """Media that the ledger explains, with its reasons, and media that `extract` must see.
 
     The media files may be absent, features travel without them; where a file is there, it must be
     as it was when it was extracted.
     """
-    ledger = features.failures()
-    by_hash = {f["hash"]: f["reason"] for f in ledger if f["hash"]}
-    unread = {f["media"]: f["reason"] for f in ledger if not f["hash"]}
-    catalogue = features.catalogue(dataset.name)
+    reasons: Mapping[str, str] = {
+        row.content_hash: failure.reason
+        for column in features.columns
+        for row, failure in column.failures.items()
+    }
     failed: dict[str, str] = {}
     unknown: list[str] = []
-    for media in dataset.media.values():
-        entry = catalogue.get(media.id)
+    for media, views in needed_views(dataset, table.views).items():
+        entry = catalogue.media.get(media)
         try:
-            stat = media.path.stat()
+            stat = dataset.media[media].path.stat()
         except OSError:
             stat = None
         if stat and (entry is None or entry[1:] != (stat.st_size, stat.st_mtime_ns)):
-            unknown.append(media.id)
-        elif media.id in table:
+            unknown.append(media)
+        elif all(table.has(media, view) for view in views):
             continue
-        elif entry is not None and entry.content_hash in by_hash:
-            failed[media.id] = by_hash[entry.content_hash]
-        elif entry is None and media.id in unread:
-            failed[media.id] = unread[media.id]
+        elif entry is not None and entry.content_hash in reasons:
+            failed[media] = reasons[entry.content_hash]
+        elif entry is None and media in catalogue.unreadable:
+            failed[media] = catalogue.unreadable[media].reason
         else:
-            unknown.append(media.id)
+            unknown.append(media)
     return failed, unknown

@@ -1,32 +1,39 @@
 """The extraction loop: hash, then read, decode, encode and write, one shard at a time.
 
 A shard's media are fixed before it begins and encoded in the same batches each time, so that a
-shard redone after an interruption holds the same bytes.
+shard redone after an interruption holds the same bytes. Several processes, on machines that share
+a disk, may extract into one set: each claims the shards it makes.
 """
 
 import hashlib
+import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from epalm.config import Recipe
 from epalm.data.example import Dataset, Media
-from epalm.data.grouping import chunks
 from epalm.device import choose_device
 from epalm.errors import EpalmError
-from epalm.extract.encoder import Encoder, build, describe
-from epalm.store.feature_set import CatalogueEntry, FeatureSet, FeatureSetWriter, Layout
+from epalm.extract.columns import view_columns
+from epalm.extract.encoder import ENCODERS, Encoder, build, describe
+from epalm.extract.views import view_seed
+from epalm.extract.workers import Batch, DecodePool, Task, prepare_workers
+from epalm.store.column import Claim, Column, ColumnWriter, Failure, Row
+from epalm.store.feature_set import Catalogue, CatalogueEntry, FeatureSet, Layout
 from epalm.store.stage import Stage
 
 STAGES = ("hash", "read", "decode", "encode", "write")
-
-Job = tuple[str, Media]  # content hash and one of the media that have it
+HASH_PIECE = 4096  # media hashed between two saves of the catalogue
+POLL_SECONDS = 0.5  # between looks at shards that other processes are making
 
 
 @dataclass
@@ -35,9 +42,10 @@ class Report:
 
     Attributes:
         features: the set that now holds the dataset's features.
-        encoded: number of media encoded by this call; 0 when all were there.
-        found: number of distinct media that were there before.
+        encoded: rows (views of media) encoded by this call; 0 when all were there.
+        found: rows that were there before, or that another process made meanwhile.
         failed: reason by id of media without features.
+        removed: ids that the catalogue knows, and whose files are gone.
         seconds: spent in each stage; read and decode run beside encode.
         total_seconds: wall time of the whole call.
     """
@@ -46,14 +54,20 @@ class Report:
     encoded: int = 0
     found: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     total_seconds: float = 0.0
 
 
-def extract(recipe: Recipe, dataset: Dataset) -> Report:
+def extract(recipe: Recipe, dataset: Dataset, retry_failed: bool = False) -> Report:
     """Encode every media of the dataset that its feature set does not hold yet.
 
     Safe to interrupt and to repeat: whole shards stay, the rest is done at the next call.
+
+    Args:
+        recipe: what to make.
+        dataset: whose media.
+        retry_failed: try media again that stand in the failure ledger.
 
     Raises:
         EpalmError: weights that cannot be used, or bad media. These are written to the set's
@@ -64,25 +78,28 @@ def extract(recipe: Recipe, dataset: Dataset) -> Report:
     layout = Layout(recipe.store.backend, recipe.store.shard_rows, recipe.encoder.weights)
     features = FeatureSet.create(Path(recipe.store.root), spec, layout)
     report = Report(features)
-    with features.writing() as writer:
-        if dropped := writer.drop_damaged():
-            tqdm.write(f"{features.folder}: {dropped} damaged shards are extracted again")
-        entries = _hash_all(dataset, writer, report)
-        jobs = {entry.content_hash: dataset.media[m] for m, entry in entries.items()}
-        known_bad = {f["hash"]: f["reason"] for f in features.failures() if f["hash"]}
-        todo = [job for job in jobs.items() if job[0] not in features and job[0] not in known_bad]
-        report.found = sum(h in features for h in jobs)
-        if todo:
-            encoder = build(recipe, choose_device(recipe.device))
-            known_bad |= _encode_all(recipe, dataset.name, encoder, writer, todo, report)
-        report.total_seconds = time.perf_counter() - start
-        rate = f"{report.encoded / report.total_seconds:.1f} media/s"
-        if not report.encoded:
-            rate = f"skipped, {report.found} media found in the store"
-        writer.record_extraction(Stage(round(report.total_seconds, 2), rate))
-    for media, entry in entries.items():
-        if entry.content_hash not in features:
-            report.failed[media] = known_bad[entry.content_hash]
+    entries = _hash_all(dataset, features, report)
+    media_of = {entry.content_hash: dataset.media[m] for m, entry in entries.items()}
+    training = {e.media for e in dataset.split("train")}
+    augmented = [e.content_hash for m, e in entries.items() if m in training]
+    wanted = _wanted_rows(recipe, features, list(media_of), dict.fromkeys(augmented))
+    todo: list[_Todo] = []
+    for column, rows in wanted.items():
+        writer = ColumnWriter(column)
+        _mend(writer)
+        report.found += sum(row in column for row in rows)
+        if not retry_failed:
+            rows = [row for row in rows if row not in column.failures]
+        if pending := writer.plan(rows):
+            todo.append(_Todo(writer, rows, pending))
+    if todo:
+        _encode_all(recipe, media_of, todo, report)
+    report.total_seconds = time.perf_counter() - start
+    rate = f"{report.encoded / report.total_seconds:.1f} media/s"
+    if not report.encoded:
+        rate = f"skipped, {report.found} media found in the store"
+    features.record_extraction(Stage(round(report.total_seconds, 2), rate))
+    _collect_failures(report, entries, wanted)
     if report.failed and recipe.data.bad_media == "stop":
         raise EpalmError(bad_media_message(report.failed, features))
     return report
@@ -93,114 +110,245 @@ def bad_media_message(failed: dict[str, str], features: FeatureSet) -> str:
     first = [f"  {media}: {reason}" for media, reason in list(failed.items())[:5]]
     more = [f"  and {len(failed) - 5} more"] if len(failed) > 5 else []
     return "\n".join(
-        [f"data: {len(failed)} media have no features (ledger: {features.folder}/failures.jsonl)"]
+        [f"data: {len(failed)} media have no features (ledger: {features.ledger})"]
         + first
         + more
         + [
             "mend these files, or leave them out with --set data.bad_media=skip (a file that could "
-            "not be decoded is tried again when it changes, or when the ledger is deleted)"
+            "not be decoded is tried again when it changes, or with `extract --retry-failed`)"
         ]
     )
 
 
-def _hash_all(
-    dataset: Dataset, writer: FeatureSetWriter, report: Report
-) -> dict[str, CatalogueEntry]:
+def _hash_all(dataset: Dataset, features: FeatureSet, report: Report) -> dict[str, CatalogueEntry]:
     """Content hash of every media file; one whose size and time did not change is not read."""
     start = time.perf_counter()
-    before = writer.features.catalogue(dataset.name)
+    before = features.catalogue(dataset.name)
     entries: dict[str, CatalogueEntry] = {}
-    for media in tqdm(dataset.media.values(), "hash", unit="media", leave=False):
+    found = Catalogue(str(dataset.root))
+
+    def look(media: Media) -> CatalogueEntry | OSError:
         try:
             stat = media.path.stat()
-            known = before.get(media.id)
-            if known is None or known[1:] != (stat.st_size, stat.st_mtime_ns):
-                content_hash = hashlib.sha256(media.path.read_bytes()).hexdigest()
-                known = CatalogueEntry(content_hash, stat.st_size, stat.st_mtime_ns)
-            entries[media.id] = known
+            known = before.media.get(media.id)
+            if known is not None and known[1:] == (stat.st_size, stat.st_mtime_ns):
+                return known
+            with media.path.open("rb") as stream:
+                content_hash = hashlib.file_digest(stream, "sha256").hexdigest()
+            return CatalogueEntry(content_hash, stat.st_size, stat.st_mtime_ns)
         except OSError as error:
-            reason = f"cannot be read: {error.strerror} ({media.path})"
-            report.failed[media.id] = reason
-            writer.record_failure(dataset.name, media.id, "", reason, type(error).__name__)
-    writer.catalogue(dataset.name, entries)
+            return error
+
+    everything = list(dataset.media.values())
+    with (
+        ThreadPoolExecutor(4, thread_name_prefix="hash") as pool,
+        tqdm(total=len(everything), desc="hash", unit="media", leave=False) as bar,
+    ):
+        for begin in range(0, len(everything), HASH_PIECE):
+            piece = everything[begin : begin + HASH_PIECE]
+            for media, result in zip(piece, pool.map(look, piece), strict=True):
+                if isinstance(result, CatalogueEntry):
+                    entries[media.id] = found.media[media.id] = result
+                else:
+                    reason = f"cannot be read: {result.strerror}"
+                    failure = Failure(media.id, reason, type(result).__name__)
+                    found.unreadable[media.id] = failure
+            if _is_news(found, before):
+                features.add_to_catalogue(dataset.name, found)
+            bar.update(len(piece))
+    report.failed.update({m: failure.reason for m, failure in found.unreadable.items()})
+    others = before.media.keys() - dataset.media.keys()
+    report.removed = sorted(m for m in others if not (dataset.root / m).exists())
     report.seconds["hash"] = time.perf_counter() - start
     return entries
 
 
-def _encode_all(
-    recipe: Recipe,
-    dataset: str,
-    encoder: Encoder,
-    writer: FeatureSetWriter,
-    todo: list[Job],
+def _is_news(found: Catalogue, before: Catalogue) -> bool:
+    """A read-only set that knows all media is not written to."""
+    return (
+        found.root != before.root
+        or not found.media.items() <= before.media.items()
+        or not found.unreadable.items() <= before.unreadable.items()
+    )
+
+
+def _mend(writer: ColumnWriter) -> None:
+    """Truncated or missing shards are made again, in their places."""
+    if damaged := writer.column.damaged:
+        tqdm.write(f"{writer.column.folder}: {len(damaged)} damaged shards are made again")
+        writer.plan_again(damaged)
+
+
+def _collect_failures(
     report: Report,
-) -> dict[str, str]:
-    """Fill shards with all of `todo`; returns the reason by content hash of those that failed."""
-    failed: dict[str, str] = {}
-    clock = report.seconds
+    entries: dict[str, CatalogueEntry],
+    wanted: dict[Column, list[Row]],
+) -> None:
+    reasons = {
+        row.content_hash: column.failures[row].reason
+        for column, rows in wanted.items()
+        for row in rows
+        if row in column.failures
+    }
+    for media, entry in entries.items():
+        if entry.content_hash in reasons:
+            report.failed[media] = reasons[entry.content_hash]
+
+
+def _wanted_rows(
+    recipe: Recipe, features: FeatureSet, hashes: Iterable[str], augmented: Iterable[str]
+) -> dict[Column, list[Row]]:
+    """By column, the rows it shall have: view 0 of all media, views 1..K of the augmented ones."""
+    wanted: dict[Column, list[Row]] = {}
+    for view, columns in view_columns(recipe, features):
+        for column in columns:
+            some = augmented if view else hashes
+            wanted.setdefault(column, []).extend(Row(h, view) for h in some)
+    return wanted
+
+
+class _Todo(NamedTuple):
+    """What is missing in one column: the rows it shall have, and the shards that lack."""
+
+    writer: ColumnWriter
+    rows: list[Row]
+    pending: dict[int, int]
+
+
+def _encode_all(
+    recipe: Recipe, media_of: dict[str, Media], todo: list[_Todo], report: Report
+) -> None:
+    """Make all pending shards, or wait for other processes that are making them."""
+    prepare_workers(ENCODERS[recipe.encoder.kind])
+    encoder = build(recipe, choose_device(recipe.device))
+    config = recipe.encoder
+    workers = config.workers or min(os.cpu_count() or 1, 8)
     with (
-        ThreadPoolExecutor(max_workers=2) as pool,
-        tqdm(total=len(todo), desc="extract", unit="media") as bar,
+        DecodePool(encoder.preprocess, workers, config.decode_timeout, config.batch_size) as pool,
+        tqdm(total=sum(sum(t.pending.values()) for t in todo), desc="extract", unit="media") as bar,
     ):
-        shards = list(chunks(todo, writer.features.layout.shard_rows))
-        batches = (batch for shard in shards for batch in chunks(shard, recipe.encoder.batch_size))
-        decoded = _decode_ahead(pool, encoder, batches, clock)
-        for shard in shards:
-            rows = np.zeros((len(shard), *writer.features.row_shape), np.float32)
-            valid = np.zeros(len(shard), bool)
-            for begin in range(0, len(shard), recipe.encoder.batch_size):
-                inputs = next(decoded)
-                good = [i for i, result in enumerate(inputs) if isinstance(result, torch.Tensor)]
-                for i, result in enumerate(inputs):
-                    if isinstance(result, Exception):
-                        content_hash, media = shard[begin + i]
-                        failed[content_hash] = f"cannot be decoded: {result} ({media.path})"
-                        writer.record_failure(
-                            dataset, media.id, content_hash, failed[content_hash],
-                            type(result).__name__,
-                        )  # fmt: skip
-                if good:
-                    start = time.perf_counter()
-                    places = begin + np.array(good)
-                    rows[places] = encoder.encode(torch.stack([inputs[i] for i in good])).numpy()
-                    valid[places] = True
-                    clock["encode"] += time.perf_counter() - start
-                bar.update(len(inputs))
-            start = time.perf_counter()
-            writer.append([content_hash for content_hash, _ in shard], rows, valid)
-            clock["write"] += time.perf_counter() - start
-            report.encoded += int(valid.sum())
-    return failed
+        for writer, rows, pending in todo:
+            shards = _Shards(recipe, media_of, encoder, pool, writer, report, bar)
+            while pending:
+                left = shards.make(pending)
+                if any(writer.is_lost(n) for n in left):  # another dataset's extraction took it
+                    writer.column.refresh()
+                    left = writer.plan([r for r in rows if r not in writer.column.failures])
+                elif len(left) == len(pending):
+                    bar.set_postfix_str(f"waiting for {len(left)} shards of other processes")
+                    time.sleep(POLL_SECONDS)
+                pending = left
+            writer.column.refresh()
 
 
-def _decode_ahead(
-    pool: ThreadPoolExecutor,
-    encoder: Encoder,
-    batches: Iterable[Sequence[Job]],
-    clock: dict[str, float],
-) -> Iterator[list[torch.Tensor | Exception]]:
-    """Encoder inputs batch by batch, the next batch being decoded while this one is encoded."""
+class _Shards:
+    """Makes planned shards of one column."""
 
-    def load(job: Job) -> torch.Tensor | Exception:
-        content_hash, media = job
-        start = time.perf_counter()
-        content = media.path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != content_hash:
-            raise EpalmError(f"{media.path}: changed while it was extracted; run `extract` again")
-        read = time.perf_counter()
-        clock["read"] += read - start
-        try:
-            return encoder.preprocess(content)
-        except Exception as error:  # whatever a broken file does to its decoder
-            return error
-        finally:
-            clock["decode"] += time.perf_counter() - read
+    def __init__(
+        self,
+        recipe: Recipe,
+        media_of: dict[str, Media],
+        encoder: Encoder,
+        pool: DecodePool,
+        writer: ColumnWriter,
+        report: Report,
+        bar: "tqdm[Any]",
+    ):
+        self.batch_size, self.seed = recipe.encoder.batch_size, recipe.encoder.views.seed
+        self.media_of, self.encoder, self.pool = media_of, encoder, pool
+        self.writer, self.report, self.bar = writer, report, bar
 
-    ahead: list[Future[torch.Tensor | Exception]] | None = None
-    for batch in batches:
-        following = [pool.submit(load, job) for job in batch]
+    def make(self, pending: dict[int, int]) -> dict[int, int]:
+        """Make those that nobody else is making; returns what others still have in hand."""
+        others: list[int] = []
+        with ExitStack() as held:
+            for claim, begin, batch in self._decoded(pending, others, held):
+                if begin == 0:
+                    rows = np.zeros(
+                        (len(claim.plan.hashes), *self.writer.column.row_shape), np.float32
+                    )
+                    failed: dict[str, Failure] = {}
+                self._encode(claim, begin, batch, rows, failed)
+                self.bar.update(len(batch.outcomes))
+                if begin + len(batch.outcomes) == len(rows):
+                    self._write(claim, rows, failed)
+        left = {n: pending[n] for n in others if not self.writer.is_made(n)}
+        by_others = sum(pending[n] for n in others if n not in left)
+        self.bar.update(by_others)
+        self.report.found += by_others
+        return left
+
+    def _decoded(
+        self, pending: Iterable[int], others: list[int], held: ExitStack
+    ) -> Iterator[tuple[Claim, int, Batch]]:
+        """Claimed shards batch by batch, the next being decoded while this one is encoded."""
+        ahead: tuple[Claim, int, Batch] | None = None
+        for number in pending:
+            claim = self.writer.claim(number)
+            if claim is None:
+                others.append(number)
+                continue
+            held.enter_context(claim.stream)
+            plan = claim.plan
+            for begin in range(0, len(plan.hashes), self.batch_size):
+                tasks = [
+                    Task(self.media_of[h].path, h, view_seed(self.seed, h, plan.view))
+                    for h in plan.hashes[begin : begin + self.batch_size]
+                ]
+                following = (claim, begin, self.pool.submit(tasks))
+                if ahead is not None:
+                    yield ahead
+                ahead = following
         if ahead is not None:
-            yield [future.result() for future in ahead]
-        ahead = following
-    if ahead is not None:
-        yield [future.result() for future in ahead]
+            yield ahead
+
+    def _encode(
+        self,
+        claim: Claim,
+        begin: int,
+        batch: Batch,
+        rows: NDArray[np.float32],
+        failed: dict[str, Failure],
+    ) -> None:
+        clock = self.report.seconds
+        good: list[int] = []
+        for position, future in enumerate(batch.outcomes):
+            outcome = future.result()
+            clock["read"] += outcome.read_seconds
+            clock["decode"] += outcome.decode_seconds
+            content_hash = claim.plan.hashes[begin + position]
+            if outcome.error is None:
+                good.append(position)
+            elif outcome.error[0] == "ChangedFile":
+                raise EpalmError(f"{outcome.error[1]}; run `extract` again")
+            else:
+                kind, text = outcome.error
+                media = self.media_of[content_hash]
+                failed[content_hash] = Failure(media.id, f"cannot be decoded: {text}", kind)
+        if not good:
+            return
+        start = time.perf_counter()
+        inputs = batch.inputs if len(good) == len(batch.outcomes) else batch.inputs[good]
+        layers = self.writer.column.column.layers
+        features = self.encoder.encode(inputs, layers).numpy()
+        for position, row in zip(good, features, strict=True):
+            if np.isfinite(row).all():
+                rows[begin + position] = row
+            else:
+                content_hash = claim.plan.hashes[begin + position]
+                reason = "its features are not finite; a wider encoder.dtype may help"
+                media = self.media_of[content_hash]
+                failed[content_hash] = Failure(media.id, reason, "FloatingPointError")
+        clock["encode"] += time.perf_counter() - start
+
+    def _write(self, claim: Claim, rows: NDArray[np.float32], failed: dict[str, Failure]) -> None:
+        start = time.perf_counter()
+        marker = self.writer.write(claim.plan, rows, failed)
+        claim.stream.close()
+        self.report.encoded += len(rows) - len(failed)
+        self.report.seconds["write"] += time.perf_counter() - start
+        if marker.dtype != self.writer.column.spec.dtype:
+            tqdm.write(
+                f"{self.writer.column.folder}: shard {marker.shard} holds values beyond "
+                f"{self.writer.column.spec.dtype}, it is stored as {marker.dtype}"
+            )

@@ -1,23 +1,66 @@
-"""Files that are complete or absent, and logs whose last line may be cut."""
+"""Files that are complete or absent, locks that end with their process, logs that may be cut."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path`, to be written; then flushed to disk and renamed over it.
+
+    The caller must be the only writer of `path` (see `locked`): what a killed writer left half
+    written is overwritten.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, content: bytes | memoryview | str) -> None:
     """Write beside the place, flush to disk, then rename over it."""
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock, waiting for it; the system ends it when the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with path.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def claim(path: Path) -> BinaryIO | None:
+    """An existing file, open and exclusively locked until it is closed.
+
+    None when another process holds it, or when it is gone. The system ends the lock of a process
+    that dies, so that a stale claim cannot be.
+    """
     try:
-        with partial.open("wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        stream = path.open("rb")
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(stream.fileno()), path.stat()):
+            return stream
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    stream.close()
+    return None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -33,3 +76,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return found
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

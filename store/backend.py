@@ -11,33 +11,48 @@ from epalm.errors import EpalmError
 
 
 class ShardBackend(Protocol):
-    """Fixed-size blocks of feature rows on disk.
+    """Blocks of feature rows on disk, each written once and read by mapping it.
 
-    A block has the shape (shard_rows, L, tokens, D); the last rows of one may be unused.
+    Args:
+        folder: the column's, where the backend's files live.
+        row_shape: (layers, tokens, D).
+        dtype: the column's number format. A block may be float32 instead, where it has to be.
+        shard_rows: rows of a full block; a block may have fewer.
     """
 
     def __init__(self, folder: Path, row_shape: tuple[int, ...], dtype: str, shard_rows: int): ...
 
     def write(self, shard: int, rows: NDArray[np.generic], valid: NDArray[np.bool_]) -> str:
-        """Write one whole block atomically; returns the SHA-256 of its bytes.
+        """Write one block atomically; returns the SHA-256 of its rows' bytes.
 
         Args:
             shard: the block's number.
-            rows: (n, L, tokens, D), n <= shard_rows.
-            valid: (n,) False where a row's media could not be decoded.
+            rows: (n, layers, tokens, D), n <= shard_rows, in the column's dtype or float32.
+            valid: (n,) False where a row's media could not be encoded.
         """
         ...
 
-    def is_whole(self, shard: int) -> bool:
-        """The block's file is there and has its full size."""
+    def is_whole(self, shard: int, rows: int, dtype: str) -> bool:
+        """The block's file is there and has the size that so many rows need."""
         ...
 
-    def map(self, shard: int) -> NDArray[np.generic]:
-        """The block, memory-mapped and read-only: (shard_rows, L, tokens, D)."""
+    def map(self, shard: int, rows: int, dtype: str) -> NDArray[np.generic]:
+        """The block, memory-mapped and read-only: (rows, layers, tokens, D)."""
+        ...
+
+    def files(self, shard: int) -> list[Path]:
+        """The files there are that belong to a block; without them it is gone."""
+        ...
+
+    def shards(self) -> set[int]:
+        """Numbers of the blocks whose files are there, with or without marker."""
         ...
 
 
-BACKENDS = {"zarr": "epalm.store.zarr_backend:ZarrBackend"}
+BACKENDS = {
+    "zarr": "epalm.store.zarr_backend:ZarrBackend",
+    "hdf5": "epalm.store.hdf5_backend:HDF5Backend",
+}
 
 
 def open_backend(

@@ -1,39 +1,28 @@
-"""A feature set on disk: shards, their markers, the catalogue of media, the failure ledger.
+"""A feature set on disk: its columns, the catalogue of media, the failure ledger.
 
     ROOT/ENCODER-FINGERPRINT/
         spec.json                 what made it (FeatureSpec)
         layout.json               backend, rows per shard, address of the encoder's weights
-        zarr.json, features/, valid/   the shards (see the backend)
-        markers/000000.json       which media stand in shard 0, and its checksum; written last
+        cls-0-11/                 a column: the class token of layers 0 to 11, view 0
+        cls-0-11-views-1a2b3c4d/  a column of augmented views
         catalogue/DATASET.json    media id -> content hash, size and time of change
-        failures.jsonl            media that could not be encoded, and why
+        failures.jsonl            media without features, and why; drawn up from the markers
         extraction.json           time and rate of the last extraction into it
 
-Features are filed by the media's content hash, so that equal files are encoded once, whatever
-their names and datasets. A shard counts only when its marker is there; the index is rebuilt from
-the markers at every opening.
+More media, views, layers or tokens are more shards or columns; what is there is not touched.
 """
 
-import fcntl
-import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from epalm.errors import EpalmError
-from epalm.store.atomic import read_json_lines, write_atomic
-from epalm.store.backend import ShardBackend, open_backend
-from epalm.store.spec import FeatureSpec
+from epalm.store.atomic import locked, read_json_lines, write_atomic
+from epalm.store.column import Column, Failure
+from epalm.store.spec import ColumnSpec, FeatureSpec
 from epalm.store.stage import Stage
-
-ROW_TOKENS = 1  # tokens a layer: only [CLS] is kept
 
 
 @dataclass(frozen=True)
@@ -59,188 +48,142 @@ class CatalogueEntry(NamedTuple):
     mtime_ns: int
 
 
+@dataclass
+class Catalogue:
+    """What is known of a dataset's media.
+
+    Attributes:
+        root: folder that the media ids are relative to, as it was at the last extraction.
+        media: by id.
+        unreadable: why a media file could not even be read, by id.
+    """
+
+    root: str = ""
+    media: dict[str, CatalogueEntry] = field(default_factory=dict)
+    unreadable: dict[str, Failure] = field(default_factory=dict)
+
+
 class FeatureSet:
-    """One feature set, open for reading; `writing()` opens it for appending shards."""
+    """One feature set."""
 
     def __init__(self, folder: Path, spec: FeatureSpec, layout: Layout):
         self.folder, self.spec, self.layout = folder, spec, layout
-        self.row_shape = (spec.layers, ROW_TOKENS, spec.dim)
-        self.backend: ShardBackend = open_backend(
-            layout.backend, folder, self.row_shape, spec.dtype, layout.shard_rows
-        )
-        self._read_markers()
+        self.columns = [
+            self._open_column(path.parent) for path in sorted(folder.glob("*/column.json"))
+        ]
 
     @classmethod
     def create(cls, root: Path, spec: FeatureSpec, layout: Layout) -> "FeatureSet":
         """Open the set that this spec names, made when it is not there yet."""
-        folder = root / _folder_name(spec)
+        folder = root / folder_name(spec)
         if not (folder / "layout.json").is_file():
-            write_atomic(folder / "spec.json", spec.canonical())
-            write_atomic(folder / "layout.json", json.dumps(vars(layout)))
-        return _open(folder)
+            with locked(folder / ".lock"):
+                if not (folder / "layout.json").is_file():
+                    write_atomic(folder / "spec.json", spec.canonical())
+                    write_atomic(folder / "layout.json", json.dumps(asdict(layout)))
+        return open_set(folder)
 
-    def __contains__(self, content_hash: str) -> bool:
-        return content_hash in self._row_of
+    def covering(self, wanted: ColumnSpec) -> tuple[list[Column], tuple[int, ...]]:
+        """Columns there are that keep the wanted layers, and the layers that none keeps."""
+        alike = [
+            c
+            for c in self.columns
+            if (c.column.tokens, c.column.token_count) == (wanted.tokens, wanted.token_count)
+            and c.column.augmentation == wanted.augmentation
+        ]
+        left = set(wanted.layers)
+        chosen = []
+        for column in sorted(alike, key=lambda c: -len(left & set(c.column.layers))):
+            if left & set(column.column.layers):
+                chosen.append(column)
+                left -= set(column.column.layers)
+        return chosen, tuple(sorted(left))
 
-    def __len__(self) -> int:
-        return len(self._row_of)
+    def columns_for(self, wanted: ColumnSpec) -> list[Column]:
+        """Columns that together keep the wanted layers; one is made for those that none keeps."""
+        with locked(self.folder / ".lock"):
+            self.columns = FeatureSet(self.folder, self.spec, self.layout).columns
+            chosen, missing = self.covering(wanted)
+            if missing:
+                new = ColumnSpec(wanted.tokens, wanted.token_count, missing, wanted.augmentation)
+                write_atomic(self.folder / new.name / "column.json", new.canonical())
+                chosen.append(self._open_column(self.folder / new.name))
+                self.columns.append(chosen[-1])
+        return chosen
 
-    def rows(self, hashes: Sequence[str]) -> NDArray[np.int64]:
-        """Row numbers (n,) of media given by content hash; KeyError when one is not there."""
-        return np.array([self._row_of[h] for h in hashes], np.int64)
-
-    def gather(self, rows: NDArray[np.int64], layers: slice) -> NDArray[np.generic]:
-        """Features of these rows and encoder layers, copied: (n, layers, tokens, D)."""
-        shards, offsets = np.divmod(rows, self.layout.shard_rows)
-        kept = len(range(self.spec.layers)[layers])
-        out = np.empty((len(rows), kept, ROW_TOKENS, self.spec.dim), self.spec.dtype)
-        for shard in np.unique(shards):
-            here = shards == shard
-            out[here] = self._block(int(shard))[offsets[here], layers]
-        return out
-
-    def _block(self, shard: int) -> NDArray[np.generic]:
-        """A shard's rows, mapped; its checksum is compared when it is first used."""
-        block = self.backend.map(shard)
-        if shard not in self._checked:
-            if hashlib.sha256(block.data).hexdigest() != self._sha256[shard]:
-                raise EpalmError(
-                    f"{self.folder}: shard {shard} does not have the checksum it was written "
-                    f"with; delete {self._marker_path(shard)} and run `extract` again"
-                )
-            self._checked.add(shard)
-        return block
-
-    def catalogue(self, dataset: str) -> dict[str, CatalogueEntry]:
-        """What is known of a dataset's media, by id; empty when none was extracted."""
+    def catalogue(self, dataset: str) -> Catalogue:
+        """What is known of a dataset's media; empty when none was extracted."""
         path = self._catalogue_path(dataset)
         if not path.is_file():
-            return {}
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        return {media: CatalogueEntry(*entry) for media, entry in entries.items()}
+            return Catalogue()
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        media = {key: CatalogueEntry(*entry) for key, entry in tree["media"].items()}
+        unreadable = {key: Failure(*entry) for key, entry in tree["unreadable"].items()}
+        return Catalogue(tree["root"], media, unreadable)
+
+    def datasets(self) -> list[str]:
+        """Names of the catalogues there are."""
+        return [path.stem for path in sorted((self.folder / "catalogue").glob("*.json"))]
+
+    def add_to_catalogue(self, dataset: str, found: Catalogue) -> None:
+        """Merge what an extraction found about media into the dataset's catalogue."""
+        with locked(self.folder / ".lock"):
+            known = self.catalogue(dataset)
+            media = {**known.media, **found.media}
+            unreadable = {**known.unreadable, **found.unreadable}
+            unreadable = {m: why for m, why in unreadable.items() if m not in found.media}
+            self.write_catalogue(dataset, Catalogue(found.root, media, unreadable))
+
+    def write_catalogue(self, dataset: str, catalogue: Catalogue) -> None:
+        """Replace a dataset's catalogue."""
+        text = json.dumps(asdict(catalogue), sort_keys=True, indent=0)
+        write_atomic(self._catalogue_path(dataset), text)
 
     def last_extraction(self) -> Stage | None:
         """What the last extraction into this set took."""
         path = self.folder / "extraction.json"
         return Stage(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
+    def record_extraction(self, stage: Stage) -> None:
+        """Note what an extraction took, and draw up the ledger."""
+        with locked(self.folder / ".lock"):
+            write_atomic(self.folder / "extraction.json", json.dumps(stage._asdict()))
+            lines = [json.dumps(line) + "\n" for line in self._failures()]
+            if lines or self.ledger.is_file():
+                write_atomic(self.ledger, "".join(lines))
+
+    @property
+    def ledger(self) -> Path:
+        """The failure ledger: one JSON object a line."""
+        return self.folder / "failures.jsonl"
+
     def failures(self) -> list[dict[str, str]]:
-        """The ledger: dataset, media, hash, reason and exception of each failure, in order."""
-        return read_json_lines(self.folder / "failures.jsonl")
+        """The ledger's entries: media, hash, reason and exception of each; the hash of a file that
+        cannot even be read is empty."""
+        return read_json_lines(self.ledger)
 
-    @contextmanager
-    def writing(self) -> Iterator["FeatureSetWriter"]:
-        """Append to the set; EpalmError when another process is doing so."""
-        with (self.folder / ".lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise EpalmError(
-                    f"{self.folder}: another extraction is writing this feature set; wait for it"
-                ) from None
-            self._read_markers()  # another writer may have been at work before the lock
-            yield FeatureSetWriter(self)
+    def _failures(self) -> list[dict[str, Any]]:
+        lines: list[dict[str, Any]] = []
+        for column in self.columns:
+            for row, failure in sorted(column.failures.items()):
+                lines.append({"hash": row.content_hash, "view": row.view,
+                              "column": column.folder.name, **failure._asdict()})  # fmt: skip
+        for dataset in self.datasets():
+            for _, failure in sorted(self.catalogue(dataset).unreadable.items()):
+                lines.append({"hash": "", "dataset": dataset, **failure._asdict()})
+        return lines
 
-    def _read_markers(self) -> None:
-        self.damaged: list[int] = []
-        self.next_shard = 0
-        self._row_of: dict[str, int] = {}
-        self._sha256: dict[int, str] = {}
-        self._checked: set[int] = set()
-        for path in sorted((self.folder / "markers").glob("*.json")):
-            self._index(json.loads(path.read_text(encoding="utf-8")))
-
-    def _index(self, marker: dict[str, Any]) -> None:
-        shard = marker["shard"]
-        self.next_shard = max(self.next_shard, shard + 1)
-        if not self.backend.is_whole(shard):
-            self.damaged.append(shard)
-            return
-        self._sha256[shard] = marker["sha256"]
-        for offset, (content_hash, valid) in enumerate(marker["rows"]):
-            if valid:
-                self._row_of[content_hash] = shard * self.layout.shard_rows + offset
-
-    def _marker_path(self, shard: int) -> Path:
-        return self.folder / "markers" / f"{shard:06}.json"
+    def _open_column(self, folder: Path) -> Column:
+        try:
+            column = ColumnSpec.from_json((folder / "column.json").read_text(encoding="utf-8"))
+            return Column(folder, self.spec, column, self.layout.backend, self.layout.shard_rows)
+        except (ValueError, TypeError, KeyError) as error:
+            raise EpalmError(f"{folder}: not a readable column ({error!r}); delete it and extract "
+                             "again") from None  # fmt: skip
 
     def _catalogue_path(self, dataset: str) -> Path:
         safe = re.sub(r"[^\w.-]", "_", dataset)
         return self.folder / "catalogue" / f"{safe}.json"
-
-
-class FeatureSetWriter:
-    """Appends to a feature set; held by one process at a time."""
-
-    def __init__(self, features: FeatureSet):
-        self.features = features
-
-    def append(
-        self, hashes: Sequence[str], rows: NDArray[np.generic], valid: NDArray[np.bool_]
-    ) -> None:
-        """Write one shard: block first, its marker last.
-
-        Args:
-            hashes: content hash of each row's media, at most `shard_rows` of them.
-            rows: (n, L, tokens, D).
-            valid: (n,) False where encoding failed; such a row is kept but never found.
-
-        Raises:
-            EpalmError: values that the stored number format cannot hold.
-        """
-        features = self.features
-        dtype = features.spec.dtype
-        with np.errstate(over="ignore"):
-            stored = rows.astype(dtype)
-        if not np.isfinite(stored).all():
-            largest = np.abs(rows).max()
-            remedy = "extract with --set store.dtype=float32"
-            if not np.isfinite(largest):
-                remedy = "the encoder's arithmetic overflows; extract with encoder.dtype=float32"
-            raise EpalmError(
-                f"{features.folder}: features that {dtype} cannot hold (largest magnitude "
-                f"{largest:g}); {remedy}"
-            )
-        marker = {
-            "shard": features.next_shard,
-            "view": features.spec.view,
-            "rows": [[h, bool(ok)] for h, ok in zip(hashes, valid, strict=True)],
-            "sha256": features.backend.write(features.next_shard, stored, valid),
-        }
-        write_atomic(features._marker_path(features.next_shard), json.dumps(marker))
-        features._index(marker)
-
-    def catalogue(self, dataset: str, entries: dict[str, CatalogueEntry]) -> None:
-        """Add media to a dataset's catalogue, by id."""
-        merged = self.features.catalogue(dataset) | entries
-        text = json.dumps(merged, sort_keys=True, indent=0)
-        write_atomic(self.features._catalogue_path(dataset), text)
-
-    def record_extraction(self, stage: Stage) -> None:
-        """Note what this extraction took."""
-        write_atomic(self.features.folder / "extraction.json", json.dumps(stage._asdict()))
-
-    def record_failure(
-        self, dataset: str, media: str, content_hash: str, reason: str, exception: str
-    ) -> None:
-        """Add a line to the ledger; the hash is empty for a file that cannot be read."""
-        entry = {
-            "dataset": dataset,
-            "media": media,
-            "hash": content_hash,
-            "reason": reason,
-            "exception": exception,
-        }
-        with (self.features.folder / "failures.jsonl").open("a", encoding="utf-8") as ledger:
-            ledger.write(json.dumps(entry) + "\n")
-
-    def drop_damaged(self) -> int:
-        """Forget shards whose file is truncated or gone, so that their media are encoded again."""
-        for shard in self.features.damaged:
-            self.features._marker_path(shard).unlink()
-        count = len(self.features.damaged)
-        self.features.damaged = []
-        return count
 
 
 def find(root: Path, spec: FeatureSpec, weights_address: str) -> FeatureSet:
@@ -255,8 +198,8 @@ def find(root: Path, spec: FeatureSpec, weights_address: str) -> FeatureSet:
     Raises:
         EpalmError: there is none, and then which fields the nearest one differs in; or several.
     """
-    specs = {path.parent: _read_spec(path.parent) for path in sorted(root.glob("*/spec.json"))}
-    fitting = [_open(folder) for folder, known in specs.items() if known and spec.matches(known)]
+    readable = specs(root)
+    fitting = [open_set(folder) for folder, known in readable.items() if spec.matches(known)]
     if not spec.weights:
         fitting = [s for s in fitting if s.layout.weights_address == weights_address]
     if len(fitting) == 1:
@@ -267,7 +210,6 @@ def find(root: Path, spec: FeatureSpec, weights_address: str) -> FeatureSet:
             f"{root}: {names} differ only in the encoder's weights, which are not at hand; "
             "provide the weights, or keep one of them"
         )
-    readable = {folder: known for folder, known in specs.items() if known}
     if not readable:
         raise EpalmError(f"{root}: no feature set here; run `extract` with this recipe first")
     folder, nearest = min(readable.items(), key=lambda item: len(spec.differences(item[1])))
@@ -278,26 +220,35 @@ def find(root: Path, spec: FeatureSpec, weights_address: str) -> FeatureSet:
     )
 
 
+def specs(root: Path) -> dict[Path, FeatureSpec]:
+    """Folders of the sets in `root` whose spec this version can read."""
+    found = {path.parent: _read_spec(path.parent) for path in sorted(root.glob("*/spec.json"))}
+    return {folder: spec for folder, spec in found.items() if spec}
+
+
+def open_set(folder: Path) -> FeatureSet:
+    """The set in a folder; EpalmError when it is none."""
+    spec = _read_spec(folder)
+    try:
+        layout = Layout(**json.loads((folder / "layout.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        layout = None
+    if spec is None or layout is None:
+        raise EpalmError(
+            f"{folder}: not a readable feature set (spec.json, layout.json); delete it and extract "
+            "again"
+        )
+    return FeatureSet(folder, spec, layout)
+
+
+def folder_name(spec: FeatureSpec) -> str:
+    """Name of a set's folder: the architecture, for people, and the fingerprint."""
+    return f"{spec.encoder.rsplit('/', 1)[-1]}-{spec.fingerprint}"
+
+
 def _read_spec(folder: Path) -> FeatureSpec | None:
     """The spec of a set, or None when it cannot be read (another format version, say)."""
     try:
         return FeatureSpec.from_json((folder / "spec.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _open(folder: Path) -> FeatureSet:
-    spec = _read_spec(folder)
-    try:
-        layout = Layout(**json.loads((folder / "layout.json").read_text(encoding="utf-8")))
-        if spec is None:
-            raise ValueError("spec.json")
-        return FeatureSet(folder, spec, layout)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise EpalmError(
-            f"{folder}: not a readable feature set ({error!r}); move it away and extract again"
-        ) from None
-
-
-def _folder_name(spec: FeatureSpec) -> str:
-    return f"{spec.encoder.rsplit('/', 1)[-1]}-{spec.fingerprint}"

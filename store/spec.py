@@ -1,6 +1,6 @@
-"""FeatureSpec: everything that decides a feature's value, and the fingerprint made of it.
+"""What made a feature: the specs of a feature set and of a column of it, and their names.
 
-Knobs that only move bytes (batch size, shard size, backend) are not in it, nor is the media: one
+Knobs that only move bytes (batch size, shard size, backend) are in neither, nor is the media: one
 feature set serves every dataset that was encoded alike.
 """
 
@@ -9,26 +9,25 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What made a feature set.
+    """What made a feature set: the encoder, and what it is shown.
 
     Attributes:
-        modality: image.
+        modality: image, video or audio.
         encoder: kind and architecture, e.g. `timm/vit_base_patch16_224`.
         encoder_arguments: what the architecture was built with beyond its defaults.
         encoder_parameters: number of the encoder's weights, which reports count as frozen.
         weights: SHA-256 of the weights file; empty when the file is not at hand (see `matches`).
-        layers: number of encoder layers kept, L; all of them, in order.
-        tokens: which tokens of a layer: cls.
+        layers: number of layers the encoder has; a column keeps some or all of them.
+        tokens: number of tokens an encoder layer has, class token included.
         dim: width of a token, D.
         final_norm: the encoder's final norm applied to every layer's tokens (convention 11).
         compute: arithmetic of the encoder.
-        preprocess: every resolved preprocessing number.
-        view: 0, the plain evaluation transform.
+        preprocess: every resolved preprocessing number of view 0.
         dtype: stored number format.
         version: of this format.
     """
@@ -39,18 +38,17 @@ class FeatureSpec:
     encoder_parameters: int
     weights: str
     layers: int
-    tokens: str
+    tokens: int
     dim: int
     final_norm: bool
     compute: str
     preprocess: dict[str, Any]
-    view: int
     dtype: str
     version: int = FORMAT_VERSION
 
     def canonical(self) -> str:
         """The spec as JSON with sorted keys; equal specs give equal text."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return _canonical(asdict(self))
 
     @property
     def fingerprint(self) -> str:
@@ -61,19 +59,70 @@ class FeatureSpec:
         """Equal, where an empty `weights` on this side stands for any."""
         return self == other or (not self.weights and replace(other, weights="") == self)
 
-    def differences(self, other: "FeatureSpec") -> list[str]:
-        """One line per field in which two specs differ."""
+    def differing(self, other: "FeatureSpec") -> dict[str, tuple[Any, Any]]:
+        """This spec's and the other's value of each field, dotted, in which they differ."""
         mine, theirs = _flat(asdict(self)), _flat(asdict(other))
-        return [
-            f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} wanted"
+        return {
+            key: (mine.get(key), theirs.get(key))
             for key in sorted(mine.keys() | theirs.keys())
             if mine.get(key) != theirs.get(key)
+        }
+
+    def differences(self, other: "FeatureSpec") -> list[str]:
+        """One line per field in which the spec that is there differs from this, the wanted one."""
+        return [
+            f"{key}: {theirs!r} there, {mine!r} wanted"
+            for key, (mine, theirs) in self.differing(other).items()
         ]
 
     @classmethod
     def from_json(cls, text: str) -> "FeatureSpec":
         """Read `canonical()` back; ValueError or TypeError when it is something else."""
         return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class ColumnSpec:
+    """What a column of a feature set keeps of the encoder's output.
+
+    Attributes:
+        tokens: cls, mean (over patch tokens) or all.
+        token_count: tokens a layer keeps: 1, or all that the encoder has.
+        layers: encoder layers kept, from 0, ascending.
+        augmentation: what made views 1..K, seed included; None for a column of view 0.
+    """
+
+    tokens: str
+    token_count: int
+    layers: tuple[int, ...]
+    augmentation: dict[str, Any] | None = None
+
+    def canonical(self) -> str:
+        """The spec as JSON with sorted keys; equal specs give equal text."""
+        return _canonical(asdict(self))
+
+    @property
+    def name(self) -> str:
+        """Folder name, e.g. `cls-0-11` or `cls-0-11-views-1a2b3c4d`."""
+        first, last = self.layers[0], self.layers[-1]
+        name = f"{self.tokens}-{first}-{last}"
+        if self.layers != tuple(range(first, last + 1)):
+            name += f"-of-{_short(list(self.layers))}"
+        return name if self.augmentation is None else f"{name}-views-{_short(self.augmentation)}"
+
+    @classmethod
+    def from_json(cls, text: str) -> "ColumnSpec":
+        """Read `canonical()` back; ValueError, KeyError or TypeError when it is something else."""
+        tree = json.loads(text)
+        return cls(**{**tree, "layers": tuple(tree["layers"])})
+
+
+def _canonical(tree: Any) -> str:
+    return json.dumps(tree, sort_keys=True, separators=(",", ":"))
+
+
+def _short(tree: Any) -> str:
+    return hashlib.sha256(_canonical(tree).encode()).hexdigest()[:8]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

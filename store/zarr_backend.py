@@ -1,12 +1,13 @@
 """Zarr v3 shards: one uncompressed chunk per shard.
 
-The folder is a plain Zarr group that any reader opens: `features` (rows, L, tokens, D) and `valid`
-(rows,). A chunk of `features` is a file of C-order little-endian numbers, so we write it with one
-atomic rename and read it by mapping it, and leave the metadata to zarr.
+The column is a plain Zarr group that any reader opens: `features` (rows, layers, tokens, D) and
+`valid` (rows,). A chunk of `features` is a file of C-order little-endian numbers, so we write it
+with one atomic rename and read it by mapping it, and leave the metadata to zarr. A block that had
+to be float32 stands at its place in the array `features_float32`; `valid` is 1 for a row in
+`features`, 2 for one there, 0 for one in neither.
 """
 
-import hashlib
-from functools import lru_cache
+import math
 from pathlib import Path
 from typing import cast
 
@@ -14,58 +15,81 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from epalm.store.atomic import write_atomic
+from epalm.store.atomic import locked, replacing, write_atomic
+from epalm.store.blocks import write_rows
 
 
 class ZarrBackend:
     """See `ShardBackend`."""
 
     def __init__(self, folder: Path, row_shape: tuple[int, ...], dtype: str, shard_rows: int):
-        self.folder = folder
+        self.folder, self.dtype = folder, dtype
         self.block_shape = (shard_rows, *row_shape)
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.map = lru_cache(maxsize=512)(self._map)  # each holds a file descriptor
 
     def write(self, shard: int, rows: NDArray[np.generic], valid: NDArray[np.bool_]) -> str:
-        block = np.zeros(self.block_shape, self.dtype)
-        block[: len(rows)] = rows
-        mask = np.zeros(len(block), np.uint8)
-        mask[: len(rows)] = valid
-        self._grow((shard + 1) * len(block))
-        write_atomic(self._chunk(shard), block.data.cast("B"))
-        write_atomic(self.folder / "valid" / "c" / str(shard), mask.data)
-        return hashlib.sha256(block.data).hexdigest()
+        name = self._array(rows.dtype.name)
+        self._grow(name, rows.dtype.name, (shard + 1) * self.block_shape[0])
+        for old in self.files(shard):  # a block redone may have had another number format
+            old.unlink()
+        chunk = self._chunk(name, shard)
+        little = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
+        with replacing(chunk) as partial:
+            partial.touch()
+            digest = write_rows(partial, 0, little, self._size(rows.dtype.name))
+        mask = np.zeros(self.block_shape[0], np.uint8)
+        mask[: len(rows)] = valid * (1 if name == "features" else 2)
+        write_atomic(self.folder / "valid" / "c" / str(shard), mask.tobytes())
+        return digest
 
-    def is_whole(self, shard: int) -> bool:
-        size = int(np.prod(self.block_shape)) * self.dtype.itemsize
-        chunk = self._chunk(shard)
-        return chunk.is_file() and chunk.stat().st_size == size
+    def is_whole(self, shard: int, rows: int, dtype: str) -> bool:
+        chunk = self._chunk(self._array(dtype), shard)
+        return chunk.is_file() and chunk.stat().st_size == self._size(dtype)
 
-    def _map(self, shard: int) -> NDArray[np.generic]:
-        return np.memmap(self._chunk(shard), self.dtype, mode="r", shape=self.block_shape)
+    def map(self, shard: int, rows: int, dtype: str) -> NDArray[np.generic]:
+        path = self._chunk(self._array(dtype), shard)
+        stored = np.dtype(dtype).newbyteorder("<")
+        return np.memmap(path, stored, mode="r", shape=(rows, *self.block_shape[1:]))
 
-    def _chunk(self, shard: int) -> Path:
+    def files(self, shard: int) -> list[Path]:
+        chunks = [self._chunk(name, shard) for name in ("features", "features_float32")]
+        return [p for p in [*chunks, self.folder / "valid" / "c" / str(shard)] if p.is_file()]
+
+    def shards(self) -> set[int]:
+        names = ("features", "features_float32")
+        folders = [p for name in names for p in (self.folder / name / "c").glob("[0-9]*")]
+        return {n for n in {int(p.name) for p in folders} if self.files(n)}
+
+    def _array(self, dtype: str) -> str:
+        return "features" if dtype == self.dtype else f"features_{dtype}"
+
+    def _size(self, dtype: str) -> int:
+        return math.prod(self.block_shape) * np.dtype(dtype).itemsize
+
+    def _chunk(self, array: str, shard: int) -> Path:
         zeros = ["0"] * (len(self.block_shape) - 1)
-        return self.folder.joinpath("features", "c", str(shard), *zeros)
+        return self.folder.joinpath(array, "c", str(shard), *zeros)
 
-    def _grow(self, rows: int) -> None:
-        """Make both arrays at least so many rows long; rows not yet written read as not valid."""
-        group = zarr.open_group(self.folder, mode="a")
-        for name, block_shape, dtype in (
-            ("features", self.block_shape, self.dtype),
-            ("valid", self.block_shape[:1], np.dtype(np.uint8)),
-        ):
-            if name not in group:
-                group.create_array(
-                    name,
-                    shape=(rows, *block_shape[1:]),
-                    chunks=block_shape,
-                    dtype=dtype,
-                    compressors=None,
-                    filters=None,
-                    fill_value=0,
-                )
-                continue
-            array = cast(zarr.Array, group[name])
-            if array.shape[0] < rows:
-                array.resize((rows, *block_shape[1:]))
+    def _grow(self, array: str, dtype: str, rows: int) -> None:
+        """Make the arrays at least so many rows long; rows not yet written read as not valid."""
+        with locked(self.folder / ".lock"):  # another process may be growing them as well
+            group = zarr.open_group(self.folder, mode="a")
+            for name, shape, kind in (
+                (array, self.block_shape, np.dtype(dtype).newbyteorder("<")),
+                ("valid", self.block_shape[:1], np.dtype(np.uint8)),
+            ):
+                if name not in group:
+                    group.create_array(
+                        name,
+                        shape=(rows, *shape[1:]),
+                        chunks=shape,
+                        dtype=kind,
+                        compressors=None,
+                        filters=None,
+                        fill_value=0,
+                    )
+                    continue
+                existing = cast(zarr.Array, group[name])
+                if existing.shape[0] < rows:
+                    existing.resize((rows, *shape[1:]))
+            for leftover in self.folder.rglob("zarr.*.partial"):  # of a killed process
+                leftover.unlink(missing_ok=True)

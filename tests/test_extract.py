@@ -1,7 +1,6 @@
 """Extraction: real images through a small ViT, interrupted, repeated, and with bad files."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from epalm.config import Recipe, load_recipe
 from epalm.data import load_dataset
 from epalm.errors import EpalmError
-from epalm.extract.encoder import build, describe
+from epalm.extract.encoder import Encoder, build, describe
 from epalm.extract.lookup import open_features
 from epalm.extract.loop import extract
 
@@ -22,11 +21,11 @@ CPU = torch.device("cpu")
 
 
 def shards(folder: Path) -> dict[str, bytes]:
-    """Every chunk and marker of a store by its path."""
+    """Every file of a store by its path, but for the time that it took."""
     return {
         str(p.relative_to(folder)): p.read_bytes()
         for p in folder.rglob("*")
-        if p.is_file() and ("markers" in p.parts or "c" in p.parts)
+        if p.is_file() and p.name != "extraction.json"
     }
 
 
@@ -40,7 +39,7 @@ def test_features_are_every_layers_class_token_after_the_final_norm(toy_recipe: 
     assert found.dtype == torch.float16
 
     encoder = build(toy_recipe, CPU)
-    pixels = encoder.preprocess(dataset.media[media].path.read_bytes())[None]
+    pixels = encoder.preprocess(dataset.media[media].path.read_bytes(), None)[None]
     model, outputs = encoder.model, []
     hooks = [b.register_forward_hook(lambda m, i, o: outputs.append(o)) for b in model.blocks]
     with torch.inference_mode():
@@ -54,7 +53,7 @@ def test_features_are_every_layers_class_token_after_the_final_norm(toy_recipe: 
 def test_final_norm_can_be_left_out(toy: Callable[..., Path]) -> None:
     recipes = [load_recipe(toy(), (f"encoder.final_norm={value}",)) for value in (True, False)]
     batch = torch.randn(2, 3, 32, 32)
-    normed, raw = (build(r, CPU).encode(batch) for r in recipes)
+    normed, raw = (build(r, CPU).encode(batch, range(6)) for r in recipes)
     assert normed.shape == raw.shape == (2, 6, 1, 24)
     norm = build(recipes[0], CPU).model.norm
     torch.testing.assert_close(norm(raw), normed, atol=1e-5, rtol=1e-5)
@@ -89,18 +88,15 @@ def test_interrupted_extraction_resumes_to_the_same_bytes(
     whole = load_recipe(toy(), (f"store.root={tmp_path / 'whole'}",))
     extract(whole, load_dataset(whole))
     cut = load_recipe(toy(), (f"store.root={tmp_path / 'cut'}",))
+    real, calls = Encoder.encode, []
 
-    import epalm.extract.image as image
-
-    real, calls = image.TimmViT.encode, []
-
-    def interrupted(self: image.TimmViT, batch: torch.Tensor) -> torch.Tensor:
+    def interrupted(self: Encoder, batch: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(self, batch)
+        return real(self, batch, layers)
 
-    monkeypatch.setattr(image.TimmViT, "encode", interrupted)
+    monkeypatch.setattr(Encoder, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         extract(cut, load_dataset(cut))
     report = extract(cut, load_dataset(cut))
@@ -133,7 +129,7 @@ def test_truncated_shard_is_encoded_again(toy_recipe: Recipe) -> None:
     dataset = load_dataset(toy_recipe)
     report = extract(toy_recipe, dataset)
     before = open_features(toy_recipe, dataset)[0].fetch(list(dataset.media))
-    chunk = report.features.folder / "features" / "c" / "1" / "0" / "0" / "0"
+    chunk = report.features.folder / "cls-0-5" / "features" / "c" / "1" / "0" / "0" / "0"
     chunk.write_bytes(chunk.read_bytes()[:-1])
     with pytest.raises(EpalmError, match="4 media of toy are not extracted"):
         open_features(toy_recipe, dataset)
@@ -163,7 +159,7 @@ def test_a_file_changed_after_extraction_is_noticed(toy_recipe: Recipe) -> None:
 def test_a_flipped_byte_is_noticed(toy_recipe: Recipe) -> None:
     dataset = load_dataset(toy_recipe)
     folder = extract(toy_recipe, dataset).features.folder
-    chunk = folder / "features" / "c" / "0" / "0" / "0" / "0"
+    chunk = folder / "cls-0-5" / "features" / "c" / "0" / "0" / "0" / "0"
     content = bytearray(chunk.read_bytes())
     content[100] ^= 1
     chunk.write_bytes(content)
@@ -278,14 +274,9 @@ def test_orientation_and_palette_are_undone(toy_recipe: Recipe, tmp_path: Path) 
     upright.save(tmp_path / "plain.png")
     encoder = build(toy_recipe, CPU)
     plain, turned, palette = (
-        encoder.preprocess((tmp_path / f"{name}.png").read_bytes())
+        encoder.preprocess((tmp_path / f"{name}.png").read_bytes(), None)
         for name in ("plain", "turned", "palette")
     )
     assert torch.equal(plain, turned)
     assert torch.equal(plain, palette)
     assert timm.__version__ and plain.shape == (3, 32, 32)
-
-
-def test_spec_of_another_view_is_another_set(toy_recipe: Recipe) -> None:
-    spec = describe(toy_recipe)
-    assert replace(spec, view=1).fingerprint != spec.fingerprint

@@ -1,18 +1,30 @@
-"""The store: the contract every backend keeps, and feature sets over it."""
+"""The store: the contract every backend keeps, columns over it, and feature sets of columns."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import zarr
 
 from epalm.errors import EpalmError
 from epalm.store.atomic import read_json_lines, write_atomic
-from epalm.store.backend import ShardBackend
-from epalm.store.feature_set import CatalogueEntry, FeatureSet, Layout, find
-from epalm.store.spec import FeatureSpec
-from epalm.store.zarr_backend import ZarrBackend
+from epalm.store.backend import BACKENDS, ShardBackend, open_backend
+from epalm.store.column import Column, ColumnWriter, Failure, Marker, Row
+from epalm.store.feature_set import (
+    Catalogue,
+    CatalogueEntry,
+    FeatureSet,
+    Layout,
+    find,
+    open_set,
+)
+from epalm.store.spec import ColumnSpec, FeatureSpec
 
 SPEC = FeatureSpec(
     modality="image",
@@ -21,146 +33,367 @@ SPEC = FeatureSpec(
     encoder_parameters=5_000_000,
     weights="ab" * 32,
     layers=3,
-    tokens="cls",
+    tokens=17,
     dim=5,
     final_norm=True,
     compute="float32",
     preprocess={"input_size": [3, 224, 224], "mean": [0.5, 0.5, 0.5]},
-    view=0,
     dtype="float16",
 )
+CLS = ColumnSpec("cls", 1, (0, 1, 2))
 
 
 def rows(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, 3, 1, 5)).astype(np.float16)
 
 
+def row(content_hash: str, view: int = 0) -> Row:
+    return Row(content_hash, view)
+
+
 class BackendContract:
-    """What a backend must do; subclass it and give `backend`."""
+    """What a backend must do; a subclass gives its `name`."""
+
+    name: str
 
     @pytest.fixture
     def backend(self, tmp_path: Path) -> ShardBackend:
-        raise NotImplementedError  # each backend's subclass gives its own
+        return open_backend(self.name, tmp_path, (3, 1, 5), "float16", 4)
 
     def test_reads_back_what_was_written(self, backend: ShardBackend) -> None:
         first, second = rows(4), rows(2, seed=1)
         backend.write(0, first, np.ones(4, bool))
         backend.write(1, second, np.array([True, False]))
-        assert np.array_equal(backend.map(0), first)
-        assert np.array_equal(backend.map(1)[:2], second)
-        assert not backend.map(1)[2:].any()
+        assert np.array_equal(backend.map(0, 4, "float16"), first)
+        assert np.array_equal(backend.map(1, 2, "float16"), second)
+        assert backend.shards() == {0, 1}
 
-    def test_mapped_shards_are_read_only(self, backend: ShardBackend) -> None:
+    def test_a_block_may_be_float32(self, backend: ShardBackend) -> None:
+        wide = rows(3).astype(np.float32) * 1e6
+        backend.write(0, rows(3), np.ones(3, bool))
+        backend.write(0, wide, np.ones(3, bool))
+        assert np.array_equal(backend.map(0, 3, "float32"), wide)
+        assert backend.is_whole(0, 3, "float32")
+        assert not backend.is_whole(0, 3, "float16")
+
+    def test_mapped_shards_are_read_only_and_aligned(self, backend: ShardBackend) -> None:
         backend.write(0, rows(4), np.ones(4, bool))
+        block = backend.map(0, 4, "float16")
         with pytest.raises(ValueError, match="read-only"):
-            backend.map(0)[0] = 0
+            block[0] = 0
+        assert block.ctypes.data % 64 == 0
 
-    def test_checksum_is_of_the_values(self, backend: ShardBackend) -> None:
+    def test_checksum_is_of_the_rows(self, backend: ShardBackend) -> None:
         sums = [
             backend.write(n, rows(4, seed), np.ones(4, bool)) for n, seed in enumerate((0, 0, 1))
         ]
         assert sums[0] == sums[1] != sums[2]
 
+    def test_equal_rows_make_equal_files(self, tmp_path: Path) -> None:
+        for folder in (tmp_path / "one", tmp_path / "two"):
+            written = open_backend(self.name, folder, (3, 1, 5), "float16", 4)
+            written.write(0, rows(4), np.ones(4, bool))
+        assert files(tmp_path / "one") == files(tmp_path / "two")
+
     def test_whole_only_when_whole(self, backend: ShardBackend, tmp_path: Path) -> None:
-        assert not backend.is_whole(0)
+        assert not backend.is_whole(0, 4, "float16")
         backend.write(0, rows(4), np.ones(4, bool))
-        assert backend.is_whole(0)
-        blocks = [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".json"]
-        largest = max(blocks, key=lambda p: p.stat().st_size)
-        with largest.open("r+b") as file:
-            file.truncate(largest.stat().st_size - 1)
-        assert not backend.is_whole(0)
+        assert backend.is_whole(0, 4, "float16")
+        largest = max(files(tmp_path), key=lambda p: (tmp_path / p).stat().st_size)
+        if self.name == "zarr":
+            largest = "features/c/0/0/0/0"
+        with (tmp_path / largest).open("r+b") as file:
+            file.truncate((tmp_path / largest).stat().st_size - 1)
+        assert not backend.is_whole(0, 4, "float16")
+
+    def test_a_block_without_its_files_is_gone(self, backend: ShardBackend) -> None:
+        backend.write(0, rows(4), np.ones(4, bool))
+        backend.write(1, rows(4), np.ones(4, bool))
+        for path in backend.files(0):
+            path.unlink()
+        assert not backend.files(7)
+        assert backend.shards() == {1}
+        assert not backend.is_whole(0, 4, "float16")
 
 
 class TestZarr(BackendContract):
-    @pytest.fixture
-    def backend(self, tmp_path: Path) -> ShardBackend:
-        return ZarrBackend(tmp_path, (3, 1, 5), "float16", 4)
+    name = "zarr"
 
     def test_any_zarr_reader_opens_it(self, backend: ShardBackend, tmp_path: Path) -> None:
         backend.write(0, rows(4), np.ones(4, bool))
         backend.write(2, rows(3, seed=2), np.array([True, False, True]))
+        backend.write(3, rows(1).astype(np.float32), np.ones(1, bool))
         group = zarr.open_group(tmp_path, mode="r")
         assert np.array_equal(group["features"][:4], rows(4))
         assert np.array_equal(group["features"][8:11], rows(3, seed=2))
-        assert group["valid"][:].tolist() == [1] * 4 + [0] * 4 + [1, 0, 1, 0]
+        assert group["features_float32"][12].dtype == np.float32
+        assert group["valid"][:].tolist() == [1] * 4 + [0] * 4 + [1, 0, 1, 0] + [2, 0, 0, 0]
+
+
+class TestHDF5(BackendContract):
+    name = "hdf5"
+
+    def test_any_hdf5_reader_opens_it(self, backend: ShardBackend, tmp_path: Path) -> None:
+        backend.write(2, rows(3, seed=2), np.array([True, False, True]))
+        with h5py.File(tmp_path / "shards" / "000002.h5") as file:
+            assert np.array_equal(file["features"][:], rows(3, seed=2))
+            assert file["valid"][:].tolist() == [1, 0, 1]
+            assert file["features"].chunks is None
+
+
+def test_every_backend_keeps_the_contract() -> None:
+    assert {cls.name for cls in BackendContract.__subclasses__()} == set(BACKENDS)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(params=sorted(BACKENDS))
+def features(tmp_path: Path, request: pytest.FixtureRequest) -> FeatureSet:
+    return FeatureSet.create(tmp_path, SPEC, Layout(request.param, 4, "here"))
 
 
 @pytest.fixture
-def features(tmp_path: Path) -> FeatureSet:
-    return FeatureSet.create(tmp_path, SPEC, Layout("zarr", 4, "here"))
+def column(features: FeatureSet) -> Column:
+    (made,) = features.columns_for(CLS)
+    return made
 
 
-def test_appended_media_are_found_by_hash(features: FeatureSet, tmp_path: Path) -> None:
+def write(
+    column: Column, wanted: Sequence[Row], data: np.ndarray, failed: Sequence[str] = ()
+) -> list[Marker]:
+    """Plan, claim and write these rows."""
+    writer, markers, done = ColumnWriter(column), [], 0
+    for shard in writer.plan(wanted):
+        claimed = writer.claim(shard)
+        assert claimed is not None
+        plan = claimed.plan
+        reasons = {h: Failure(f"{h}.png", "bad", "E") for h in plan.hashes if h in failed}
+        some = data[done : done + len(plan.hashes)].astype(np.float32)
+        markers.append(writer.write(plan, some, reasons))
+        claimed.stream.close()
+        done += len(plan.hashes)
+    return markers
+
+
+def reopened(column: Column) -> Column:
+    (same,) = [c for c in open_set(column.folder.parent).columns if c.folder == column.folder]
+    return same
+
+
+def test_rows_are_found_by_hash_and_view(column: Column) -> None:
     data = rows(6)
-    with features.writing() as writer:
-        writer.append(list("abcd"), data[:4], np.array([True, True, False, True]))
-        writer.append(list("ef"), data[4:], np.ones(2, bool))
-    for opened in (features, find(tmp_path, SPEC, "here")):
+    write(column, [row(h) for h in "abcdef"], data, failed=["c"])
+    for opened in (column, reopened(column)):
         assert len(opened) == 5
-        assert "c" not in opened
-        found = opened.gather(opened.rows(["f", "a", "f", "d"]), slice(1, None))
+        assert row("c") not in opened
+        assert row("a", view=1) not in opened
+        assert opened.failures == {row("c"): Failure("c.png", "bad", "E")}
+        found = opened.gather(opened.rows([row(h) for h in "fafd"]), slice(1, None))
         assert np.array_equal(found, data[[5, 0, 5, 3], 1:])
         with pytest.raises(KeyError):
-            opened.rows(["c"])
+            opened.rows([row("c")])
 
 
-def test_a_shard_without_marker_does_not_count(features: FeatureSet, tmp_path: Path) -> None:
-    with features.writing() as writer:
-        writer.append(["a"], rows(1), np.ones(1, bool))
-    features.backend.write(1, rows(4), np.ones(4, bool))  # killed before its marker
-    reopened = find(tmp_path, SPEC, "here")
-    assert len(reopened) == 1
-    with reopened.writing() as writer:
-        writer.append(["b"], rows(1, seed=3), np.ones(1, bool))
-    assert np.array_equal(reopened.gather(reopened.rows(["b"]), slice(None)), rows(1, seed=3))
+def test_more_media_and_views_leave_what_is_there(column: Column) -> None:
+    write(column, [row(h) for h in "abcde"], rows(5))
+    before = files(column.folder / "markers")
+    wanted = [row(h, view) for view in (0, 1, 2) for h in "abcdefg"]
+    write(column, wanted, rows(20, seed=1))
+    after = files(column.folder / "markers")
+    assert before.items() <= after.items()
+    assert len(column) == 21
+    assert not ColumnWriter(column).plan(wanted)
+    found = column.gather(column.rows([row("a"), row("f"), row("a", 2)]))
+    assert np.array_equal(found[0], rows(5)[0])
+    assert np.array_equal(found[1:], rows(20, seed=1)[[0, 9]])
 
 
-def test_a_truncated_shard_is_dropped_and_its_number_not_reused(
-    features: FeatureSet, tmp_path: Path
-) -> None:
-    with features.writing() as writer:
-        writer.append(["a"], rows(1), np.ones(1, bool))
-        writer.append(["b"], rows(1), np.ones(1, bool))
-    (features.folder / "features" / "c" / "0" / "0" / "0" / "0").write_bytes(b"short")
-    reopened = find(tmp_path, SPEC, "here")
-    assert reopened.damaged == [0]
-    assert "a" not in reopened
-    assert "b" in reopened
-    with reopened.writing() as writer:
-        assert writer.drop_damaged() == 1
-        writer.append(["a"], rows(1), np.ones(1, bool))
-    assert sorted(p.name for p in (features.folder / "markers").iterdir()) == [
-        "000001.json",
-        "000002.json",
+def test_a_shard_is_of_one_view(column: Column) -> None:
+    write(column, [row(h, view) for h in "abc" for view in (0, 1)], rows(6))
+    assert [(m.view, m.hashes) for m in column.markers.values()] == [(0, [*"abc"]), (1, [*"abc"])]
+
+
+def test_a_shard_without_marker_is_made_again_in_its_place(column: Column) -> None:
+    write(column, [row(h) for h in "abcdefghi"], rows(9))
+    before = files(column.folder)
+    (column.folder / "markers" / "000001.json").unlink()
+    column.refresh()
+    assert row("e") not in column
+    write(column, [row(h) for h in "abcdefghi"], rows(9)[4:8])
+    assert files(column.folder) == before
+
+
+def test_an_unfinished_plan_is_kept(column: Column) -> None:
+    writer = ColumnWriter(column)
+    planned = writer.plan([row(h) for h in "abcdef"])
+    assert planned == {0: 4, 1: 2}
+    assert writer.plan([row(h) for h in "fedcbazyx"]) == {0: 4, 1: 2, 2: 3}
+    claimed = writer.claim(1)
+    assert claimed is not None
+    assert claimed.plan.hashes == ["e", "f"]
+    claimed.stream.close()
+
+
+def test_another_datasets_idle_plan_gives_up_the_rows_that_are_wanted(column: Column) -> None:
+    writer = ColumnWriter(column)
+    writer.plan([row(h) for h in "abcdef"])
+    assert writer.plan([row("a"), row("b")]) == {0: 2}  # c and d cannot be encoded here
+    assert writer.plan([row(h) for h in "abcdef"]) == {0: 2, 1: 2, 2: 2}
+
+
+def test_a_claimed_shard_is_left_to_its_owner(column: Column) -> None:
+    writer, other = ColumnWriter(column), ColumnWriter(reopened(column))
+    wanted = [row(h) for h in "abcdef"]
+    writer.plan(wanted)
+    claimed = writer.claim(0)
+    assert claimed is not None
+    assert other.claim(0) is None
+    assert other.plan([row("a"), row("b")]) == {0: 4}  # not taken apart
+    assert other.plan(wanted) == {0: 4, 1: 2}
+    writer.write(claimed.plan, rows(4).astype(np.float32), {})
+    assert other.claim(0) is None
+    assert other.is_made(0)
+    assert not other.is_lost(0)
+    claimed.stream.close()
+    assert other.plan(wanted) == {1: 2}
+
+
+def python(code: str, *arguments: object) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_the_claim_of_a_killed_process_is_free(column: Column) -> None:
+    writer = ColumnWriter(column)
+    writer.plan([row("a")])
+    holder = python(
+        "import sys, time; from pathlib import Path; from epalm.store.atomic import claim\n"
+        "held = claim(Path(sys.argv[1])); print(bool(held), flush=True); time.sleep(60)",
+        column.folder / "plans" / "000000.json",
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "True\n"
+        assert writer.claim(0) is None
+        holder.kill()
+        holder.wait()
+    claimed = writer.claim(0)
+    assert claimed is not None
+    claimed.stream.close()
+
+
+def test_a_plan_that_outlived_its_marker_is_cleared_away(column: Column) -> None:
+    write(column, [row("a")], rows(1))
+    plan = column.folder / "plans" / "000000.json"
+    write_atomic(plan, json.dumps({"shard": 0, "view": 0, "hashes": ["a"]}))
+    assert ColumnWriter(column).plan([row("a"), row("b")]) == {1: 1}
+    assert not plan.exists()
+
+
+def test_a_truncated_shard_is_made_again_in_its_place(column: Column) -> None:
+    write(column, [row(h) for h in "abcdef"], rows(6))
+    before = files(column.folder)
+    largest = {"zarr": "features/c/0/0/0/0", "hdf5": "shards/000000.h5"}
+    name = next(path for path in largest.values() if (column.folder / path).is_file())
+    (column.folder / name).write_bytes(b"short")
+    broken = reopened(column)
+    assert [m.shard for m in broken.damaged] == [0]
+    assert row("a") not in broken
+    assert row("e") in broken
+    ColumnWriter(broken).plan_again(broken.damaged)
+    write(broken, [row(h) for h in "abcdef"], rows(6))
+    assert files(column.folder) == before
+
+
+def test_values_beyond_float16_make_a_float32_shard(column: Column) -> None:
+    data = rows(6).astype(np.float32)
+    data[5] *= 1e6
+    markers = write(column, [row(h) for h in "abcdef"], data)
+    assert [m.dtype for m in markers] == ["float16", "float32"]
+    for opened in (column, reopened(column)):
+        found = opened.gather(opened.rows([row(h) for h in "abcdef"]))
+        assert found.dtype == np.float32
+        assert np.array_equal(found[4:], data[4:])
+        assert np.array_equal(found[:4], data[:4].astype(np.float16))
+
+
+def test_a_flipped_byte_is_noticed_when_the_shard_is_used(column: Column) -> None:
+    write(column, [row(h) for h in "abcdef"], rows(6))
+    (path,) = [
+        p
+        for p in column.folder.rglob("*")
+        if str(p.relative_to(column.folder)) in ("features/c/0/0/0/0", "shards/000000.h5")
     ]
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    broken = reopened(column)
+    assert not broken.is_intact(0)
+    assert broken.is_intact(1)
+    assert np.array_equal(broken.gather(broken.rows([row("e")])), rows(6)[4:5])
+    with pytest.raises(EpalmError, match="shard 0 does not have the checksum"):
+        broken.gather(broken.rows([row("a")]))
 
 
-def test_values_beyond_float16_are_refused(features: FeatureSet) -> None:
-    with features.writing() as writer, pytest.raises(EpalmError, match="store.dtype=float32"):
-        writer.append(["a"], rows(1).astype(np.float32) * 1e6, np.ones(1, bool))
-    assert len(features) == 0
+def test_more_layers_are_another_column(features: FeatureSet) -> None:
+    upper = replace(CLS, layers=(2,))
+    (first,) = features.columns_for(upper)
+    assert first.folder.name == "cls-2-2"
+    assert features.covering(CLS)[1] == (0, 1)
+    both = features.columns_for(CLS)
+    assert [c.folder.name for c in both] == ["cls-2-2", "cls-0-1"]
+    assert features.covering(CLS)[1] == ()
+    assert [c.folder.name for c in features.columns_for(upper)] == ["cls-2-2"]
+    assert len(open_set(features.folder).columns) == 2
 
 
-def test_two_writers_exclude_each_other(features: FeatureSet, tmp_path: Path) -> None:
-    other = find(tmp_path, SPEC, "here")
-    with (
-        features.writing(),
-        pytest.raises(EpalmError, match="another extraction is writing"),
-        other.writing(),
-    ):
-        pass
+def test_other_tokens_and_augmentations_are_other_columns(features: FeatureSet) -> None:
+    specs = [
+        CLS,
+        replace(CLS, tokens="mean"),
+        replace(CLS, tokens="all", token_count=17, layers=(0, 2)),
+        replace(CLS, augmentation={"seed": 0}),
+        replace(CLS, augmentation={"seed": 1}),
+    ]
+    names = {features.columns_for(spec)[0].folder.name for spec in specs}
+    assert len(names) == 5
+    for spec in specs:
+        (found,) = features.covering(spec)[0]
+        assert found.column == spec
+        assert ColumnSpec.from_json(spec.canonical()) == spec
 
 
 def test_catalogues_are_kept_apart_and_merged(features: FeatureSet) -> None:
     one, two = CatalogueEntry("aa", 10, 1), CatalogueEntry("bb", 20, 2)
-    with features.writing() as writer:
-        writer.catalogue("set/one", {"x.png": one})
-        writer.catalogue("set/one", {"y.png": two})
-        writer.catalogue("two", {"x.png": two})
-    assert features.catalogue("set/one") == {"x.png": one, "y.png": two}
-    assert features.catalogue("two") == {"x.png": two}
-    assert features.catalogue("three") == {}
+    bad = Failure("z.png", "cannot be read", "OSError")
+    features.add_to_catalogue("set/one", Catalogue("/data", {"x.png": one}, {"z.png": bad}))
+    features.add_to_catalogue("set/one", Catalogue("/data", {"y.png": two}))
+    features.add_to_catalogue("two", Catalogue("", {"x.png": two}))
+    known = features.catalogue("set/one")
+    assert known == Catalogue("/data", {"x.png": one, "y.png": two}, {"z.png": bad})
+    features.add_to_catalogue("set/one", Catalogue("/data", {"z.png": one}))
+    assert not features.catalogue("set/one").unreadable
+    assert features.catalogue("two").media == {"x.png": two}
+    assert features.catalogue("three") == Catalogue()
+
+
+def test_locks_exclude_processes(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from epalm.store.atomic import locked, write_atomic\n"
+        "target = Path(sys.argv[1])\n"
+        "for _ in range(50):\n"
+        "    with locked(target.with_suffix('.lock')):\n"
+        "        write_atomic(target, str(int(target.read_text()) + 1))\n"
+    )
+    target = tmp_path / "number"
+    target.write_text("0")
+    for process in [python(code, target) for _ in range(2)]:
+        with process:
+            assert process.wait() == 0
+    assert target.read_text() == "100"
 
 
 def test_fingerprint_follows_every_field() -> None:
@@ -221,16 +454,6 @@ def test_a_log_cut_by_a_crash_loses_its_last_line_only(tmp_path: Path) -> None:
     log.write_text('{"a": 1}\n{"a": 2}\n{"a": 3')
     assert read_json_lines(log) == [{"a": 1}, {"a": 2}]
     assert read_json_lines(tmp_path / "gone") == []
-
-
-def test_a_writer_sees_what_another_wrote_before_it(features: FeatureSet, tmp_path: Path) -> None:
-    late = find(tmp_path, SPEC, "here")
-    with features.writing() as writer:
-        writer.append(["a"], rows(1), np.ones(1, bool))
-    with late.writing() as writer:
-        assert "a" in late
-        writer.append(["b"], rows(1, seed=1), np.ones(1, bool))
-    assert len(find(tmp_path, SPEC, "here")) == 2
 
 
 def test_atomic_write_leaves_nothing_behind_on_failure(tmp_path: Path) -> None:

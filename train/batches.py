@@ -81,9 +81,17 @@ class TrainingBatches:
             ids.to(self.device),
             mask.to(self.device),
             pad_left(labels, -100)[0].to(self.device),
-            self.features.fetch(media).to(self.device),
+            self.features.fetch(media, self._views(epoch, media)).to(self.device),
             torch.tensor(rows, device=self.device),
         )
+
+    def _views(self, epoch: int, media: Sequence[str]) -> list[int]:
+        """The view of each media that an epoch learns from: one of 1..K, or 0 if there are none."""
+        count = self.features.views
+        if not count:
+            return [0] * len(media)
+        draws = (random.Random(f"{self.seed} view {epoch} {m}") for m in media)
+        return [draw.randint(1, count) for draw in draws]
 
     def _shuffled(self, epoch: int) -> list[int]:
         """An epoch's order of examples.

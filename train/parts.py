@@ -8,7 +8,7 @@ from epalm.config import Recipe
 from epalm.data import load_dataset
 from epalm.data.example import Dataset
 from epalm.device import choose_device
-from epalm.extract.lookup import FeatureTable, open_features
+from epalm.extract.lookup import FeatureTable, needed_views, open_features
 from epalm.model.augmented import AugmentedLM
 from epalm.model.load import load_lm, load_tokenizer
 from epalm.model.text import TextCodec
@@ -44,6 +44,9 @@ def assemble(recipe: Recipe) -> Parts:
     """
     device = choose_device(recipe.device)
     features, dataset = open_features(recipe, load_dataset(recipe))
+    views = needed_views(dataset, features.views)
+    keys = [(media, view) for media, some in views.items() for view in some]
+    features.place(keys, recipe.store.placement, device)
     model, codec = build_model(recipe, features.spec.layers, features.spec.dim, device)
     return Parts(recipe, device, dataset, features, codec, model)
 

@@ -1,0 +1,99 @@
+"""Hugging Face folders of audio encoders: configuration, feature extractor, weights."""
+
+import json
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from epalm.errors import EpalmError
+
+
+def weights_in(found: Path) -> Path:
+    """The file with the weights, when `found` is it or the folder that holds it."""
+    if found.is_file():
+        return found
+    for pattern in ("model.safetensors", "pytorch_model.bin", "*.pth"):
+        files = list(found.glob(pattern))
+        if len(files) == 1:
+            return files[0]
+    raise EpalmError(
+        f"encoder.weights: {found} holds neither model.safetensors nor pytorch_model.bin nor one "
+        ".pth file"
+    )
+
+
+def hf_config(kind: Any, folder: Path) -> Any:
+    """A configuration of this class from a folder's config.json.
+
+    Raises:
+        EpalmError: there is none, or it is another kind of model's.
+    """
+    file = folder / "config.json"
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        if fields.get("model_type") != kind.model_type:
+            raise EpalmError(
+                f"encoder.weights: {file} is of a {fields.get('model_type')!r} model, but this "
+                f"encoder.kind needs {kind.model_type!r}"
+            )
+        return kind.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = error.strerror if isinstance(error, OSError) else repr(error)
+        raise EpalmError(f"encoder.weights: {file} cannot be read ({reason})") from None
+
+
+def hf_extractor(kind: Any, folder: Path, **changes: Any) -> Any:
+    """A feature extractor of this class from a folder's preprocessor_config.json."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **changes)
+    except (OSError, ValueError, TypeError) as error:
+        raise EpalmError(
+            f"encoder.weights: {folder} holds no preprocessor_config.json that says what the model "
+            f"is shown ({first_line(error)}); add the one that belongs to the weights"
+        ) from None
+
+
+def hf_model(kind: Any, folder: Path, config: Any, part: str = "") -> Any:
+    """A model of this class from a folder, in float32.
+
+    Hugging Face's loading fills gaps with random numbers and goes on; here that is an error.
+
+    Args:
+        part: only weights whose name begins so must be there.
+    """
+    logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # it reports the classifier, which we do not want, as a problem
+    try:
+        model, report = kind.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UnpicklingError) as error:
+        reason = first_line(error)
+        raise EpalmError(f"encoder.weights: {folder} cannot be loaded: {reason}") from None
+    finally:
+        logging.set_verbosity(before)
+    missing = sorted(name for name in report["missing_keys"] if name.startswith(part))
+    wrong = sorted(name for name, *_ in report["mismatched_keys"] if name.startswith(part))
+    if missing or wrong:
+        raise EpalmError(
+            f"encoder.weights: {folder} does not fit its config.json: "
+            f"{len(missing)} weights are missing, {len(wrong)} have another shape, among them "
+            f"{(missing + wrong)[0]}"
+        )
+    return model
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its kind when it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

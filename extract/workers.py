@@ -1,0 +1,244 @@
+"""Decoding in worker processes: what hangs is killed, what crashes is replaced.
+
+Broken video and audio files can make their decoders loop, leak or crash. Each file is therefore
+read, decoded and preprocessed by a process of its own right to fail; the encoder's process gets
+the result in shared memory, or the reason why there is none.
+"""
+
+import ctypes
+import hashlib
+import math
+import multiprocessing
+import queue
+import re
+import signal
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from epalm.errors import EpalmError
+from epalm.extract.encoder import Preprocess
+
+START_SECONDS = 300.0  # within which a worker must have loaded its libraries
+_SPAWN = multiprocessing.get_context("forkserver")  # threads of ours make a plain fork unsafe
+
+
+class Task(NamedTuple):
+    """One view of one media file.
+
+    Attributes:
+        path: of the file.
+        content_hash: SHA-256 that its content must have.
+        seed: None for view 0, else the view's (see `views.view_seed`).
+    """
+
+    path: Path
+    content_hash: str
+    seed: int | None
+
+    @classmethod
+    def of_file(cls, path: Path) -> "Task":
+        """View 0 of a file as it is now; OSError when it cannot be read."""
+        with path.open("rb") as stream:
+            return cls(path, hashlib.file_digest(stream, "sha256").hexdigest(), None)
+
+
+class Outcome(NamedTuple):
+    """What became of a task.
+
+    Attributes:
+        error: kind and text of the error; None: the input is in its place.
+        read_seconds, decode_seconds: what it took.
+    """
+
+    error: tuple[str, str] | None
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+class Batch(NamedTuple):
+    """Inputs being decoded: the place of each in shared memory, and what becomes of it."""
+
+    inputs: torch.Tensor  # (B, *shape), valid where the outcome has no error
+    outcomes: Sequence[Future[Outcome]]
+
+
+def prepare_workers(module: str) -> None:
+    """Begin to load a module, in the process that workers are forked from; returns at once."""
+    _SPAWN.set_forkserver_preload([module])
+    forkserver.ensure_running()
+
+
+class DecodePool:
+    """Worker processes that turn media files into encoder inputs; use it in a `with`.
+
+    Args:
+        preprocess: the encoder's.
+        workers: number of processes.
+        timeout: seconds after which a worker is killed and replaced.
+        batch_size: largest batch; two may be under way at a time.
+    """
+
+    def __init__(self, preprocess: Preprocess, workers: int, timeout: float, batch_size: int):
+        numbers = 2 * batch_size * math.prod(preprocess.shape)
+        memory = _SPAWN.RawArray(ctypes.c_float, numbers)
+        self._slots = _as_slots(memory, preprocess.shape)
+        self._batch_size, self._turn = batch_size, 0
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._workers = [_Worker(preprocess, memory, timeout) for _ in range(workers)]
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+
+    def __enter__(self) -> "DecodePool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all processes; what is under way is given up."""
+        for worker in self._workers:
+            worker.stop()
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
+
+    def submit(self, tasks: Sequence[Task]) -> Batch:
+        """Start decoding a batch. Its memory is used again by the next batch but one."""
+        first = self._turn * self._batch_size
+        self._turn = 1 - self._turn
+        outcomes = [
+            self._threads.submit(self._decode, task, first + position)
+            for position, task in enumerate(tasks)
+        ]
+        return Batch(torch.from_numpy(self._slots[first : first + len(tasks)]), outcomes)
+
+    def _decode(self, task: Task, slot: int) -> Outcome:
+        worker = self._idle.get()
+        try:
+            return worker.decode(task, slot)
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """A process, and the connection to it."""
+
+    def __init__(self, preprocess: Preprocess, memory: Any, timeout: float):
+        self._arguments = (preprocess, memory, preprocess.shape, timeout)
+        self._timeout = timeout
+        self._stopped = False
+        self._start()
+
+    def decode(self, task: Task, slot: int) -> Outcome:
+        try:
+            if not self._ready:
+                self._wait_until_ready()
+            self._connection.send((task, slot))
+            if self._connection.poll(self._timeout):
+                return self._connection.recv()
+            reason = ("TimeoutError", f"the decoder was stuck for {self._timeout:g} s")
+        except (EOFError, OSError):
+            if self._stopped:
+                return Outcome(("Stopped", "the pool was closed"))
+            if not self._ready:
+                raise EpalmError(
+                    f"a decoding process died while starting (exit code {self._exit_code()}); its "
+                    "own message stands above"
+                ) from None
+            reason = ("DecoderCrash", f"the decoder crashed (exit code {self._exit_code()})")
+        self._kill()
+        self._start()
+        return Outcome(reason)
+
+    def stop(self) -> None:
+        """End the process; a thread that waits for it comes back."""
+        self._stopped = True
+        self._process.kill()
+
+    def close(self) -> None:
+        self._kill()
+
+    def _start(self) -> None:
+        self._connection, theirs = _SPAWN.Pipe()
+        self._process = _SPAWN.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._ready = False
+
+    def _wait_until_ready(self) -> None:
+        if not self._connection.poll(START_SECONDS):
+            raise EpalmError(f"a decoding process did not start within {START_SECONDS:g} s")
+        self._connection.recv()
+        self._ready = True
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    def _exit_code(self) -> int | None:
+        self._process.join(5)
+        return self._process.exitcode
+
+
+def _serve(
+    connection: Connection, preprocess: Preprocess, memory: Any, shape: tuple[int, ...],
+    timeout: float,
+) -> None:  # fmt: skip
+    """A worker's life: decode what comes, until the other side is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started us
+    torch.set_num_threads(1)
+    slots = _as_slots(memory, shape)
+    connection.send("ready")
+    while True:
+        try:
+            task, slot = connection.recv()
+        except EOFError:
+            return
+        # should nobody be left to kill a stuck decoder, the system does
+        signal.alarm(math.ceil(timeout) + 5)
+        outcome = _attempt(preprocess, task, slots[slot])
+        signal.alarm(0)
+        try:
+            connection.send(outcome)
+        except OSError:
+            return
+
+
+def _attempt(preprocess: Preprocess, task: Task, slot: NDArray[np.float32]) -> Outcome:
+    start = time.perf_counter()
+    read = start
+    error = None
+    try:
+        content = task.path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != task.content_hash:
+            raise ChangedFile(f"{task.path}: changed while it was extracted")
+        read = time.perf_counter()
+        slot[...] = preprocess(content, task.seed).numpy()
+    except Exception as problem:  # whatever a broken file does to its decoder
+        error = describe_error(problem)
+    return Outcome(error, read - start, time.perf_counter() - read)
+
+
+class ChangedFile(Exception):
+    """A file's content is not what it was when it was hashed."""
+
+
+def describe_error(error: Exception) -> tuple[str, str]:
+    """Kind and text of an error, in one line, without addresses in memory."""
+    text = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the file", str(error))
+    return type(error).__name__, " ".join(text.split()) or "no reason given"
+
+
+def _as_slots(memory: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    return np.frombuffer(memory, np.float32).reshape(-1, *shape)

@@ -1,0 +1,317 @@
+"""A column of a feature set on disk: shards of rows, and the markers that make them count.
+
+    COLUMN/
+        column.json               what it keeps (ColumnSpec)
+        markers/000000.json       which media stand in shard 0, which of them failed and why, its
+                                  number format and checksum; written last
+        plans/000001.json         the media that shard 1 will hold; locked by who is encoding them,
+                                  gone once the marker is there
+        …                         the backend's files
+
+A row is one view of one media, filed by content hash, so that equal files are encoded once. A
+shard counts only when its marker is there; the index is rebuilt from the markers at every opening.
+A shard is planned before it is encoded: whoever redoes it after an interruption finds the same
+media in the same order, and so makes the same bytes.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from epalm.errors import EpalmError
+from epalm.store.atomic import claim, locked, write_atomic
+from epalm.store.backend import ShardBackend, open_backend
+from epalm.store.blocks import checksum
+from epalm.store.spec import ColumnSpec, FeatureSpec
+
+
+class Row(NamedTuple):
+    """One view of the media with this content hash."""
+
+    content_hash: str
+    view: int
+
+
+class Failure(NamedTuple):
+    """Why a media has no features; `exception` is the kind of error."""
+
+    media: str
+    reason: str
+    exception: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of a shard, in order; all of one view."""
+
+    shard: int
+    view: int
+    hashes: list[str]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [Row(h, self.view) for h in self.hashes]
+
+
+@dataclass(frozen=True)
+class Marker(Plan):
+    """A shard that is there."""
+
+    dtype: str
+    sha256: str
+    failed: dict[str, Failure] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "Marker":
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**tree, "failed": {h: Failure(*f) for h, f in tree["failed"].items()}})
+
+
+class Column:
+    """Open for reading; rows are found by content hash and view.
+
+    Attributes:
+        markers: of whole shards, by number.
+        damaged: markers whose block is truncated or gone.
+        failures: rows without features, and why.
+    """
+
+    def __init__(self, folder: Path, spec: FeatureSpec, column: ColumnSpec, backend: str,
+                 shard_rows: int):  # fmt: skip
+        self.folder, self.spec, self.column, self.shard_rows = folder, spec, column, shard_rows
+        self.row_shape = (len(column.layers), column.token_count, spec.dim)
+        self.backend: ShardBackend = open_backend(
+            backend, folder, self.row_shape, spec.dtype, shard_rows
+        )
+        self._blocks: dict[int, NDArray[np.generic]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the markers again; another process may have added some."""
+        self.markers: dict[int, Marker] = {}
+        self.damaged: list[Marker] = []
+        self.failures: dict[Row, Failure] = {}
+        self._row_of: dict[Row, int] = {}
+        for path in sorted((self.folder / "markers").glob("*.json")):
+            self._index(Marker.read(path))
+
+    def __contains__(self, row: Row) -> bool:
+        return row in self._row_of
+
+    def __len__(self) -> int:
+        return len(self._row_of)
+
+    def rows(self, wanted: Sequence[Row]) -> NDArray[np.int64]:
+        """Row numbers (n,); KeyError when one is not there."""
+        return np.array([self._row_of[row] for row in wanted], np.int64)
+
+    def dtype(self) -> str:
+        """The number format that holds every row: the spec's, or float32 where one had to be."""
+        stored = {marker.dtype for marker in self.markers.values()}
+        return "float32" if "float32" in stored else self.spec.dtype
+
+    def gather(
+        self,
+        rows: NDArray[np.int64],
+        layers: slice = slice(None),
+        out: NDArray[np.generic] | None = None,
+    ) -> NDArray[np.generic]:
+        """Features of these rows and positions among the column's layers, copied.
+
+        Args:
+            rows: (n,) from `rows`.
+            layers: a slice of `column.layers`.
+            out: where to put them; default: a new array.
+
+        Returns:
+            (n, layers, tokens, D).
+
+        Raises:
+            EpalmError: a shard whose bytes are not those that were written.
+        """
+        if out is None:
+            kept = len(self.column.layers[layers])
+            out = np.empty((len(rows), kept, *self.row_shape[1:]), self.dtype())
+        shards, offsets = np.divmod(rows, self.shard_rows)
+        for position, shard, offset in zip(
+            range(len(rows)), shards.tolist(), offsets.tolist(), strict=True
+        ):
+            block = self._blocks.get(shard)
+            if block is None:
+                block = self._open(shard)
+            out[position] = block[offset, layers]
+        return out
+
+    def block(self, shard: int) -> NDArray[np.generic]:
+        """A shard's rows, mapped, not checked: (n, layers, tokens, D)."""
+        marker = self.markers[shard]
+        return self.backend.map(shard, len(marker.hashes), marker.dtype)
+
+    def is_intact(self, shard: int) -> bool:
+        """The shard's bytes have the checksum they were written with."""
+        return checksum(self.block(shard)) == self.markers[shard].sha256
+
+    def _open(self, shard: int) -> NDArray[np.generic]:
+        """A shard's rows; the checksum is compared when it is first used."""
+        block = self.block(shard)
+        if checksum(block) != self.markers[shard].sha256:
+            raise EpalmError(
+                f"{self.folder}: shard {shard} does not have the checksum it was written with; "
+                "run `cache repair` with this recipe"
+            )
+        self._blocks[shard] = np.asarray(block)  # a plain array is read faster than a memmap
+        return self._blocks[shard]
+
+    def _index(self, marker: Marker) -> None:
+        if not self.backend.is_whole(marker.shard, len(marker.hashes), marker.dtype):
+            self.damaged.append(marker)
+            return
+        self.markers[marker.shard] = marker
+        for offset, row in enumerate(marker.rows):
+            failure = marker.failed.get(row.content_hash)
+            if failure is None:
+                self._row_of[row] = marker.shard * self.shard_rows + offset
+                self.failures.pop(row, None)
+            elif row not in self._row_of:
+                self.failures[row] = failure
+
+    def _marker_path(self, shard: int) -> Path:
+        return self.folder / "markers" / f"{shard:06}.json"
+
+    def _plan_path(self, shard: int) -> Path:
+        return self.folder / "plans" / f"{shard:06}.json"
+
+
+class Claim(NamedTuple):
+    """The exclusive right to make a shard; ends with `stream`, or with the process."""
+
+    plan: Plan
+    stream: BinaryIO
+
+
+class ColumnWriter:
+    """Plans, claims and writes shards; any number of processes may do so at once."""
+
+    def __init__(self, column: Column):
+        self.column = column
+
+    def plan(self, wanted: Sequence[Row]) -> dict[int, int]:
+        """Shards that must be made, by this process or another, for these rows to be there.
+
+        Rows that stand in an unfinished plan stay there, where this process could do it too or
+        another is at it; for all others plans are written.
+
+        Args:
+            wanted: rows that the column shall have, in order.
+
+        Returns:
+            Number of rows by number of shard, ascending.
+        """
+        column = self.column
+        with locked(column.folder / ".plans.lock"):
+            column.refresh()
+            missing = dict.fromkeys(row for row in wanted if row not in column)
+            pending: dict[int, int] = {}
+            for path in sorted((column.folder / "plans").glob("[0-9]*.json")):
+                rows = _read_plan(path).rows
+                if self.is_made(int(path.stem)):  # killed between marker and clean-up
+                    _drop_if_idle(path)
+                    continue
+                if not missing.keys() & rows:
+                    continue
+                if not missing.keys() >= set(rows) and _drop_if_idle(path):
+                    continue  # its other media are not this dataset's: planned anew
+                pending[int(path.stem)] = len(rows)
+                for row in rows:
+                    missing.pop(row, None)
+            free = self._free_numbers()
+            for view in sorted({row.view for row in missing}):
+                hashes = [row.content_hash for row in missing if row.view == view]
+                for begin in range(0, len(hashes), column.shard_rows):
+                    number = next(free)
+                    plan = Plan(number, view, hashes[begin : begin + column.shard_rows])
+                    write_atomic(column._plan_path(number), json.dumps(asdict(plan)))
+                    pending[number] = len(plan.hashes)
+        return dict(sorted(pending.items()))
+
+    def claim(self, shard: int) -> Claim | None:
+        """A planned shard, to be made by this process alone until the claim is closed.
+
+        None when another process is making it, or has made it.
+        """
+        stream = claim(self.column._plan_path(shard))
+        if stream is None:
+            return None
+        return Claim(Plan(**json.load(stream)), stream)
+
+    def is_made(self, shard: int) -> bool:
+        """The shard's marker is there."""
+        return self.column._marker_path(shard).is_file()
+
+    def is_lost(self, shard: int) -> bool:
+        """The shard is neither made nor planned any more."""
+        return not self.column._plan_path(shard).is_file() and not self.is_made(shard)
+
+    def write(self, plan: Plan, rows: NDArray[np.float32], failed: dict[str, Failure]) -> Marker:
+        """Write a claimed shard: block first, its marker last.
+
+        Args:
+            plan: a claimed one.
+            rows: (n, layers, tokens, D) in the plan's order, finite where not failed.
+            failed: by content hash, why a row holds nothing.
+
+        Returns:
+            The marker; its dtype is float32 where the column's cannot hold a value.
+        """
+        column = self.column
+        dtype = column.spec.dtype if _fits(rows, column.spec.dtype) else "float32"
+        valid = np.array([h not in failed for h in plan.hashes])
+        sha256 = column.backend.write(plan.shard, rows.astype(dtype, copy=False), valid)
+        marker = Marker(plan.shard, plan.view, plan.hashes, dtype, sha256, failed)
+        write_atomic(column._marker_path(plan.shard), json.dumps(asdict(marker)))
+        column._plan_path(plan.shard).unlink(missing_ok=True)
+        column._index(marker)
+        return marker
+
+    def plan_again(self, markers: Sequence[Marker]) -> None:
+        """Give up shards, so that the same media are encoded into the same places again."""
+        for marker in markers:
+            plan = Plan(marker.shard, marker.view, marker.hashes)
+            write_atomic(self.column._plan_path(plan.shard), json.dumps(asdict(plan)))
+            self.column._marker_path(plan.shard).unlink(missing_ok=True)
+        self.column.refresh()
+
+    def _free_numbers(self) -> Iterator[int]:
+        """Shard numbers that no marker and no plan has, ascending.
+
+        The number of a lost marker is used again, so that the same media get the same place.
+        """
+        folder = self.column.folder
+        taken = {int(p.stem) for kind in ("markers", "plans")
+                 for p in (folder / kind).glob("[0-9]*.json")}  # fmt: skip
+        return (number for number in count() if number not in taken)
+
+
+def _read_plan(path: Path) -> Plan:
+    return Plan(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _drop_if_idle(path: Path) -> bool:
+    """Remove a plan that nobody is working at; False when somebody is."""
+    stream: BinaryIO | None = claim(path)
+    if stream is None:
+        return False
+    with stream:
+        path.unlink()
+    return True
+
+
+def _fits(rows: NDArray[np.float32], dtype: str) -> bool:
+    limit = np.finfo(dtype).max
+    return bool(rows.size == 0 or (rows.max() <= limit and rows.min() >= -limit))

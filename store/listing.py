@@ -1,0 +1,87 @@
+"""Feature sets in words: the table of `cache ls`, the page of `cache info`."""
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+from epalm.store.column import Column
+from epalm.store.feature_set import FeatureSet, open_set, specs
+
+HEADER = ("set", "modality", "backend", "column", "rows", "failed", "shards", "size")
+
+
+def table_of_sets(root: Path) -> str:
+    """One line per column of every feature set in a folder."""
+    lines: list[tuple[str, ...]] = [HEADER]
+    for folder in specs(root):
+        features = open_set(folder)
+        for column in features.columns:
+            lines.append(
+                (
+                    folder.name,
+                    features.spec.modality,
+                    features.layout.backend,
+                    column.folder.name,
+                    f"{len(column):,}",
+                    f"{len(column.failures):,}",
+                    f"{len(column.markers):,}",
+                    words_for_bytes(_bytes(column)),
+                )
+            )
+        if not features.columns:
+            empty = (features.spec.modality, features.layout.backend, "-", "0", "0", "0", "0 B")
+            lines.append((folder.name, *empty))
+    if len(lines) == 1:
+        return f"{root}: no feature sets"
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i < 4 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def page_of_set(features: FeatureSet) -> str:
+    """Everything a person may want to know of one set."""
+    lines = [str(features.folder)]
+    lines += [f"  {key}: {value}" for key, value in asdict(features.spec).items()]
+    lines.append(f"  weights from: {features.layout.weights_address}")
+    lines.append(f"  backend: {features.layout.backend}, {features.layout.shard_rows} rows a shard")
+    for column in features.columns:
+        kept = column.column
+        lines.append(f"column {column.folder.name}: {words_for_bytes(_bytes(column))}")
+        lines.append(f"  tokens: {kept.tokens}, {kept.token_count} a layer")
+        lines.append(f"  encoder layers: {', '.join(map(str, kept.layers))}")
+        if kept.augmentation is not None:
+            lines.append(f"  augmentation: {kept.augmentation}")
+        views = Counter(m.view for m in column.markers.values() for _ in m.hashes)
+        held = ", ".join(f"view {view}: {count:,}" for view, count in sorted(views.items()))
+        lines.append(f"  rows: {held or 'none'}; stored as {column.dtype()}")
+        if column.damaged:
+            lines.append(f"  damaged shards: {', '.join(str(m.shard) for m in column.damaged)}")
+    for dataset in features.datasets():
+        known = features.catalogue(dataset)
+        lines.append(
+            f"dataset {dataset}: {len(known.media):,} media, {len(known.unreadable):,} unreadable; "
+            f"files were in {known.root}"
+        )
+    for reason, count in Counter(f["reason"] for f in features.failures()).most_common(10):
+        lines.append(f"failed: {count:,} x {reason}")
+    if stage := features.last_extraction():
+        lines.append(f"last extraction: {stage.seconds:.1f} s, {stage.rate}")
+    return "\n".join(lines)
+
+
+def words_for_bytes(count: float) -> str:
+    """A size as people read it, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _bytes(column: Column) -> int:
+    return sum(p.stat().st_blocks * 512 for n in column.markers for p in column.backend.files(n))
