@@ -1,5 +1,6 @@
 """The features that a recipe needs, found in the store and read by media id and view."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -205,8 +206,10 @@ def _without_features(
     unknown: list[str] = []
     for media, views in needed_views(dataset, table.views).items():
         entry = catalogue.media.get(media)
+        path = dataset.media[media].path
         try:
-            stat = dataset.media[media].path.stat()
+            # a folder of that name, or a file that may not be read, is as good as absent
+            stat = path.stat() if path.is_file() and os.access(path, os.R_OK) else None
         except OSError:
             stat = None
         if stat and (entry is None or entry[1:] != (stat.st_size, stat.st_mtime_ns)):

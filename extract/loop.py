@@ -98,7 +98,11 @@ def extract(recipe: Recipe, dataset: Dataset, retry_failed: bool = False) -> Rep
     rate = f"{report.encoded / report.total_seconds:.1f} media/s"
     if not report.encoded:
         rate = f"skipped, {report.found} media found in the store"
-    features.record_extraction(Stage(round(report.total_seconds, 2), rate))
+    try:
+        features.record_extraction(Stage(round(report.total_seconds, 2), rate))
+    except OSError:
+        if report.encoded:  # else nothing had to be written, and the store may be read-only
+            raise
     _collect_failures(report, entries, wanted)
     if report.failed and recipe.data.bad_media == "stop":
         raise EpalmError(bad_media_message(report.failed, features))

@@ -23,6 +23,8 @@ REFERENCE = {
 }
 """What the official code does to images, whatever the encoder (convention 20, bug 23)."""
 
+_MOST_PIXELS = 178_956_970  # from which on Pillow refuses to open an image
+
 
 class ImagePreprocess:
     """See `Preprocess`. View 0 is timm's evaluation transform; the input is (3, S, S).
@@ -38,14 +40,31 @@ class ImagePreprocess:
         self.upright = numbers["exif"] == "transposed"
         self.mean, self.std = numbers["mean"], numbers["std"]
         self.transform = timm.data.create_transform(**known)
+        # what the short side becomes, where the other one follows it
+        follows = numbers["crop_mode"] == "center"
+        self.enlarged = int(self.shape[-1] / numbers["crop_pct"]) if follows else None
         self.augmentation = SpatialAugmentation(recipe, self.shape[-1])
 
     def __call__(self, content: bytes, seed: int | None) -> torch.Tensor:
         image = read_image(content, self.upright)
         if seed is None:
+            if self.enlarged is not None:
+                _check_length(image.size, self.enlarged)
             return self.transform(image)
         pixels = self.augmentation(functional.pil_to_tensor(image), seed)
         return functional.normalize(pixels.float() / 255, self.mean, self.std)
+
+
+def _check_length(size: tuple[int, int], enlarged: int) -> None:
+    """ValueError for an image whose long side would take all memory once the short one is resized.
+
+    Nothing of that side is seen but the middle, so the limit is the one for images as they are.
+    """
+    pixels = enlarged * enlarged * max(size) // min(size)
+    if pixels > _MOST_PIXELS:
+        raise ValueError(
+            f"{size[0]} x {size[1]} is too long and narrow: resized, it would have {pixels} pixels"
+        )
 
 
 def read_image(content: bytes, upright: bool = True) -> Image.Image:

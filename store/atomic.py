@@ -23,7 +23,6 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb+") as stream:
             os.fsync(stream.fileno())
         partial.replace(path)
-        _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -76,12 +75,3 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return found
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

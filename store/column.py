@@ -214,14 +214,16 @@ class ColumnWriter:
             Number of rows by number of shard, ascending.
         """
         column = self.column
+        if all(row in column for row in wanted):
+            return {}  # a read-only store is not even locked
         with locked(column.folder / ".plans.lock"):
             column.refresh()
             missing = dict.fromkeys(row for row in wanted if row not in column)
             pending: dict[int, int] = {}
             for path in sorted((column.folder / "plans").glob("[0-9]*.json")):
-                rows = _read_plan(path).rows
-                if self.is_made(int(path.stem)):  # killed between marker and clean-up
-                    _drop_if_idle(path)
+                rows = _read_plan(path)
+                if not rows or self.is_made(int(path.stem)):
+                    _drop_if_idle(path)  # cut by a power failure, or killed before the clean-up
                     continue
                 if not missing.keys() & rows:
                     continue
@@ -298,8 +300,12 @@ class ColumnWriter:
         return (number for number in count() if number not in taken)
 
 
-def _read_plan(path: Path) -> Plan:
-    return Plan(**json.loads(path.read_text(encoding="utf-8")))
+def _read_plan(path: Path) -> list[Row]:
+    """The rows of a plan; none when the file is cut short."""
+    try:
+        return Plan(**json.loads(path.read_text(encoding="utf-8"))).rows
+    except (ValueError, TypeError):
+        return []
 
 
 def _drop_if_idle(path: Path) -> bool:

@@ -68,9 +68,8 @@ class FeatureSet:
 
     def __init__(self, folder: Path, spec: FeatureSpec, layout: Layout):
         self.folder, self.spec, self.layout = folder, spec, layout
-        self.columns = [
-            self._open_column(path.parent) for path in sorted(folder.glob("*/column.json"))
-        ]
+        self.columns: list[Column] = []
+        self._find_columns()
 
     @classmethod
     def create(cls, root: Path, spec: FeatureSpec, layout: Layout) -> "FeatureSet":
@@ -101,14 +100,17 @@ class FeatureSet:
 
     def columns_for(self, wanted: ColumnSpec) -> list[Column]:
         """Columns that together keep the wanted layers; one is made for those that none keeps."""
+        chosen, missing = self.covering(wanted)
+        if not missing:
+            return chosen
         with locked(self.folder / ".lock"):
-            self.columns = FeatureSet(self.folder, self.spec, self.layout).columns
+            self._find_columns()  # another process may have made some
             chosen, missing = self.covering(wanted)
             if missing:
                 new = ColumnSpec(wanted.tokens, wanted.token_count, missing, wanted.augmentation)
                 write_atomic(self.folder / new.name / "column.json", new.canonical())
-                chosen.append(self._open_column(self.folder / new.name))
-                self.columns.append(chosen[-1])
+                self._find_columns()
+                chosen, _ = self.covering(wanted)
         return chosen
 
     def catalogue(self, dataset: str) -> Catalogue:
@@ -173,6 +175,13 @@ class FeatureSet:
                 lines.append({"hash": "", "dataset": dataset, **failure._asdict()})
         return lines
 
+    def _find_columns(self) -> None:
+        known = {column.folder for column in self.columns}
+        for path in sorted(self.folder.glob("*/column.json")):
+            if path.parent not in known:
+                self.columns.append(self._open_column(path.parent))
+        self.columns.sort(key=lambda column: column.folder.name)
+
     def _open_column(self, folder: Path) -> Column:
         try:
             column = ColumnSpec.from_json((folder / "column.json").read_text(encoding="utf-8"))
@@ -222,7 +231,9 @@ def find(root: Path, spec: FeatureSpec, weights_address: str) -> FeatureSet:
 
 def specs(root: Path) -> dict[Path, FeatureSpec]:
     """Folders of the sets in `root` whose spec this version can read."""
-    found = {path.parent: _read_spec(path.parent) for path in sorted(root.glob("*/spec.json"))}
+    # folders whose name begins with a dot are conversions under way
+    folders = [path.parent for path in sorted(root.glob("[!.]*/spec.json"))]
+    found = {folder: _read_spec(folder) for folder in folders}
     return {folder: spec for folder, spec in found.items() if spec}
 
 

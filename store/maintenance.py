@@ -12,6 +12,7 @@ import numpy as np
 
 from epalm.errors import EpalmError
 from epalm.store.atomic import claim, locked, write_atomic
+from epalm.store.backend import BACKENDS
 from epalm.store.column import Column, ColumnWriter
 from epalm.store.feature_set import Catalogue, FeatureSet, open_set
 
@@ -94,8 +95,10 @@ def convert(
     The old files are removed when the new ones are complete; interrupted before, nothing changes.
 
     Raises:
-        EpalmError: an extraction is running, or a shard is broken.
+        EpalmError: no such backend, an extraction is running, or a shard is broken.
     """
+    if backend not in BACKENDS:
+        raise EpalmError(f"--to: {backend!r} is not one of {', '.join(BACKENDS)}")
     layout = replace(features.layout, backend=backend)
     work = features.folder.with_name(f".converting-{features.folder.name}")
     old = features.folder.with_name(f".converted-{features.folder.name}")

@@ -40,8 +40,9 @@ CPU = torch.device("cpu")
 FBANKS = sorted(FOLDER.glob("fbank_*.npz"))
 TABLE_16 = ((0, 0), (96, 24), (192, 48), (256, 64))  # time mask, frequency mask
 
-# equal bit by bit where measured; leaving the mean in would change 3e-5
-FBANK_TOLERANCE = {"atol": 1e-5, "rtol": 0}
+# equal bit by bit with one thread, 1.1e-5 off with two, whose sum for the mean has another order;
+# leaving the mean in would change 3e-5
+FBANK_TOLERANCE = {"atol": 2e-5, "rtol": 0}
 
 
 def make_recipe(weights: Path | str = "nowhere", **encoder: Any) -> Recipe:

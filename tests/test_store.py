@@ -343,7 +343,7 @@ def test_more_layers_are_another_column(features: FeatureSet) -> None:
     assert first.folder.name == "cls-2-2"
     assert features.covering(CLS)[1] == (0, 1)
     both = features.columns_for(CLS)
-    assert [c.folder.name for c in both] == ["cls-2-2", "cls-0-1"]
+    assert [c.folder.name for c in both] == ["cls-0-1", "cls-2-2"]
     assert features.covering(CLS)[1] == ()
     assert [c.folder.name for c in features.columns_for(upper)] == ["cls-2-2"]
     assert len(open_set(features.folder).columns) == 2

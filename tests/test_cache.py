@@ -1,0 +1,296 @@
+"""`cache …`: looking at feature sets, checking them, mending what is broken."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from PIL import Image
+
+from epalm.config import load_recipe
+from epalm.data import load_dataset
+from epalm.extract.lookup import open_features
+from epalm.store.backend import BACKENDS
+from epalm.store.feature_set import FeatureSet, find, open_set, specs
+
+Toy = Callable[..., Path]
+Cli = Callable[..., Result]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name not in ("extraction.json", ".lock", ".plans.lock")
+    }
+
+
+def only_set(tmp_path: Path) -> FeatureSet:
+    (folder,) = specs(tmp_path / "features")
+    return open_set(folder)
+
+
+def ok(result: Result) -> str:
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(result: Result, *words: str) -> None:
+    assert result.exit_code == 2, result.output
+    for word in words:
+        assert word in result.output
+
+
+def break_shard(features: FeatureSet, shard: int) -> None:
+    """Flip a byte of a shard's features."""
+    path = max(features.columns[0].backend.files(shard), key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+def test_ls_and_info_say_what_is_there(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy(encoder={"views": {"count": 2}})
+    assert "no feature sets" in ok(cli("cache", "ls", tmp_path / "features"))
+    ok(cli("extract", recipe))
+    table = ok(cli("cache", "ls", tmp_path / "features")).splitlines()
+    assert table[0].split() == ["set", "modality", "backend", "column", "rows", "failed", "shards",
+                                "size"]  # fmt: skip
+    by_column = {line.split()[3]: line.split() for line in table[1:]}
+    assert len(by_column) == 2
+    assert by_column["cls-0-5"][4:7] == ["12", "0", "3"]
+    (augmented,) = by_column.keys() - {"cls-0-5"}
+    assert by_column[augmented][4:7] == ["16", "0", "4"]  # 2 views of 8 training images
+    for given in (recipe, only_set(tmp_path).folder):
+        page = ok(cli("cache", "info", given))
+        for words in ("encoder layers: 0, 1, 2, 3, 4, 5", "view 1: 8, view 2: 8", "12 media",
+                      "crop_scale", "'input_size': [3, 32, 32]"):  # fmt: skip
+            assert words in page
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_verify_finds_and_repair_mends(cli: Cli, toy: Toy, tmp_path: Path, backend: str) -> None:
+    recipe = toy(store={"backend": backend})
+    ok(cli("extract", recipe))
+    before = files(tmp_path / "features")
+    assert "3 shards, all as they were written" in ok(cli("cache", "verify", recipe))
+    features = only_set(tmp_path)
+    break_shard(features, 0)
+    truncated = max(features.columns[0].backend.files(2), key=lambda p: p.stat().st_size)
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    refused(
+        cli("cache", "verify", features.folder),
+        "2 broken shards",
+        "cls-0-5, shard 0: its bytes are not those that were written",
+        "cls-0-5, shard 2: its file is truncated or gone",
+    )
+    output = ok(cli("cache", "repair", recipe))
+    assert "2 broken shards" in output
+    assert "extract: 8 media" in output
+    assert files(tmp_path / "features") == before
+    assert "0 broken shards" in ok(cli("cache", "repair", recipe))
+
+
+def test_deep_verification_encodes_again(
+    cli: Cli, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = toy(encoder={"views": {"count": 1}})
+    ok(cli("extract", recipe))
+    output = ok(cli("cache", "verify", recipe, "--deep", "--sample", "5"))
+    assert output.count("5 rows encoded again") == 2
+    refused(cli("cache", "verify", only_set(tmp_path).folder, "--deep"), "needs the recipe")
+
+    from epalm.extract.encoder import Encoder
+
+    real = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda *args: real(*args) * 1.05)
+    refused(cli("cache", "verify", recipe, "--deep"), "other features than the encoder makes now")
+
+
+def test_diff_names_fields_and_columns(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    one = shutil.copy(toy(), tmp_path / "one.yaml")
+    ok(cli("extract", one))
+    other = toy(encoder={"final_norm": False, "layers": [3, 4, 5], "preprocess": "reference"})
+    output = ok(cli("cache", "diff", one, other))
+    for words in ("final_norm: True in", "preprocess.crop_mode: 'center' in", "'squash' in",
+                  "column cls-0-5: only in", "column cls-3-5: only in"):  # fmt: skip
+        assert words in output
+    assert ok(cli("cache", "diff", one, only_set(tmp_path).folder)) == "the same features\n"
+    refused(cli("cache", "diff", one, tmp_path), "not a readable feature set")
+
+
+def test_estimate_counts_and_measures(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy(encoder={"views": {"count": 3}})
+    output = ok(cli("cache", "estimate", recipe, "--sample", "4"))
+    assert "cls-0-5: 12 rows of 288 B" in output
+    assert ": 24 rows of 288 B" in output  # 3 views of 8 training images
+    assert "rows/s, measured here" in output
+    assert not (tmp_path / "features").exists()
+    ok(cli("extract", recipe))
+    assert "nothing to do" in ok(cli("cache", "estimate", recipe))
+    more = toy(encoder={"views": {"count": 4}})
+    assert ": 8 rows of 288 B" in ok(cli("cache", "estimate", more))
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_convert_there_and_back(cli: Cli, toy: Toy, tmp_path: Path, backend: str) -> None:
+    recipe = toy(store={"backend": backend})
+    ok(cli("extract", recipe))
+    loaded = load_recipe(recipe)
+    dataset = load_dataset(loaded)
+    before, stored = files(tmp_path / "features"), open_features(loaded, dataset)[0]
+    expected = stored.fetch(list(dataset.media))
+    (other,) = set(BACKENDS) - {backend}
+    assert other in ok(cli("cache", "convert", recipe, "--to", other))
+    assert only_set(tmp_path).layout.backend == other
+    assert torch.equal(open_features(loaded, dataset)[0].fetch(list(dataset.media)), expected)
+    assert "nothing to do" in ok(cli("extract", recipe))
+    assert f"is {other} already" in ok(cli("cache", "convert", recipe, "--to", other))
+    ok(cli("cache", "convert", recipe, "--to", backend))
+    after = files(tmp_path / "features")
+    assert after == before
+    refused(cli("cache", "convert", recipe, "--to", "lmdb"), "'lmdb' is not one of zarr, hdf5")
+    break_shard(only_set(tmp_path), 1)
+    refused(cli("cache", "convert", recipe, "--to", other), "shard 1 is broken")
+    assert only_set(tmp_path).layout.backend == backend
+
+
+def test_gc_deletes_what_nothing_refers_to(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy(store={"shard_rows": 1})
+    ok(cli("extract", recipe))
+    features = only_set(tmp_path)
+    assert "0 files" in ok(cli("cache", "gc", recipe))
+    image = tmp_path / "images" / "3.png"
+    Image.new("RGB", (64, 64), "red").save(image)
+    (tmp_path / "images" / "5.png").unlink()
+    ok(cli("extract", recipe, "--set", "data.bad_media=skip"))
+    (features.columns[0].folder / "markers" / "000007.json").unlink()
+    (features.folder / ".left.partial").write_text("half")
+    planned = ok(cli("cache", "gc", recipe, "--dry-run"))
+    assert len(open_set(features.folder).columns[0]) == 12
+    done = ok(cli("cache", "gc", recipe, "--removed"))
+    assert "1 media forgotten" in done
+    for name in ("markers/000003.json", ".left.partial"):  # the old content of 3.png
+        assert name in planned
+        assert name in done
+    assert "markers/000005.json" not in planned
+    assert "markers/000005.json" in done
+    left = open_set(features.folder).columns[0]
+    assert len(left) == 10
+    assert left.backend.shards() == left.markers.keys()
+
+
+def test_removed_media_are_reported(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy()
+    ok(cli("extract", recipe))
+    data = tmp_path / "toy.jsonl"
+    lines = data.read_text().splitlines(keepends=True)
+    data.write_text("".join(line for line in lines if "images/7.png" not in line))
+    assert "gone" not in ok(cli("extract", recipe))
+    (tmp_path / "images" / "7.png").unlink()
+    assert "1 media that were extracted before are gone, images/7.png" in ok(cli("extract", recipe))
+
+
+def test_failed_media_are_tried_again_on_request(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy(data={"bad_media": "skip"})
+    (tmp_path / "images" / "1.png").write_bytes(b"broken")
+    assert "1 failed" in ok(cli("extract", recipe))
+    assert "nothing to do" in ok(cli("extract", recipe))
+    assert len(only_set(tmp_path).failures()) == 1
+    output = ok(cli("extract", recipe, "--retry-failed"))
+    assert "nothing to do" in output  # tried, and failed again
+    column = only_set(tmp_path).columns[0]
+    assert sorted(len(m.hashes) for m in column.markers.values()) == [1, 4, 4, 4]
+
+
+def test_more_layers_and_tokens_extend_the_set(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    ok(cli("extract", toy(encoder={"layers": [4, 5]})))
+    before = files(tmp_path / "features")
+    recipe = toy()
+    assert "extract: 12 media" in ok(cli("extract", recipe))
+    ok(cli("extract", toy(encoder={"tokens": "mean"})))
+    ok(cli("extract", toy(encoder={"tokens": "all", "layers": [5]})))
+    after = files(tmp_path / "features")
+    unchanged = {name for name in before if "catalogue" not in name}
+    assert {name: after[name] for name in unchanged} == {n: before[n] for n in unchanged}
+    features = only_set(tmp_path)
+    names = ["all-5-5", "cls-0-3", "cls-4-5", "mean-0-5"]
+    assert [c.folder.name for c in features.columns] == names
+    assert features.columns[0].row_shape == (1, 17, 24)
+
+    loaded = load_recipe(toy())
+    dataset = load_dataset(loaded)
+    split = open_features(loaded, dataset)[0].fetch(list(dataset.media))
+    whole = load_recipe(toy(store={"root": str(tmp_path / "whole")}))
+    ok(cli("extract", toy(store={"root": str(tmp_path / "whole")})))
+    joint = open_features(whole, dataset)[0].fetch(list(dataset.media))
+    assert split.shape == joint.shape == (12, 3, 24)
+    np.testing.assert_allclose(split, joint, atol=4e-3, rtol=0)  # one float16 step at magnitude 4
+
+
+def test_two_processes_share_an_extraction(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    ok(cli("extract", toy(store={"shard_rows": 2, "root": str(tmp_path / "alone")})))
+    command = [sys.executable, "-m", "epalm.pipeline", "extract"]
+    shared = toy(store={"shard_rows": 2})
+    some = [
+        subprocess.Popen([*command, str(shared)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate()[0] for process in some]
+    assert [process.returncode for process in some] == [0, 0], outputs
+    assert files(tmp_path / "features") == files(tmp_path / "alone")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 kB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_a_full_disk_loses_nothing(cli: Cli, toy: Toy, small_disk: Path, backend: str) -> None:
+    store = {"root": str(small_disk / "features"), "shard_rows": 2, "backend": backend}
+    recipe = toy(store=store, encoder={"tokens": "all", "layers": [0, 1, 2, 3, 4, 5]})
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(165_000))
+    refused(cli("extract", recipe), "No space left on device", "what is written stays")
+    filler.unlink()
+    loaded = load_recipe(recipe)
+    (folder,) = specs(small_disk / "features")
+    kept = len(open_set(folder).columns[0])
+    assert 0 < kept < 12
+    output = ok(cli("extract", recipe))
+    assert f"extract: {12 - kept} media" in output
+    assert f"{kept} found" in output
+    ok(cli("cache", "verify", recipe, "--deep"))
+    assert not list(small_disk.rglob("*.partial"))
+    assert loaded.store.backend == backend
+
+
+def test_a_read_only_store_is_read_and_not_written(
+    cli: Cli, toy: Toy, small_disk: Path, tmp_path: Path
+) -> None:
+    recipe = toy(store={"root": str(small_disk / "features")})
+    some = toy(store={"root": str(small_disk / "features")}, data={"limits": {"train": 4}})
+    ok(cli("extract", some))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert "nothing to do" in ok(cli("extract", some))
+    loaded = load_recipe(some)
+    table, dataset = open_features(loaded, load_dataset(loaded))
+    assert len(table.fetch(list(dataset.media))) == 8
+    recipe = toy(store={"root": str(small_disk / "features")})
+    refused(cli("extract", recipe), "Read-only file system")
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    ok(cli("extract", recipe))
+    assert find(small_disk / "features", table.spec, "")
