@@ -7,6 +7,7 @@ Media paths are relative to `data.media_root`, by default the annotation file's 
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def _example(record: dict[str, Any], where: str) -> Example:
     media, split = _text(record, "media", where), _text(record, "split", where)
     if split not in SPLITS:
         raise EpalmError(f"{where}: field 'split' is {split!r}; use one of {', '.join(SPLITS)}")
+    if not _can_name_a_file(media):
+        raise EpalmError(f"{where}: field 'media' is {media!r}, which cannot name a file")
     if Path(media).is_absolute() or ".." in Path(media).parts:
         raise EpalmError(f"{where}: field 'media' ({media}) leaves the media root")
     promptless = kinds == ["captions"] and not record.get("prompt")
@@ -92,3 +95,10 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise EpalmError(f"{where}: field {key!r} is {value!r}; it must be a text, not empty")
     return value
+
+
+def _can_name_a_file(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False

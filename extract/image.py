@@ -66,7 +66,7 @@ def describe(recipe: Recipe, weights_at_hand: bool = True) -> FeatureSpec:
     numbers = image_numbers(recipe, pretrained)
     with torch.device("meta"):
         model = create(recipe, arch, **model_args)
-        layers, tokens, dim = _sizes(model, numbers["input_size"])
+        layers, tokens, dim = _sizes(model.eval(), numbers["input_size"])
     if not is_vit(model) and recipe.encoder.final_norm:
         raise EpalmError(
             f"encoder.final_norm: the stages of {arch} differ in width, no norm fits them all; "

@@ -5,6 +5,7 @@ shard redone after an interruption holds the same bytes. Several processes, on m
 a disk, may extract into one set: each claims the shards it makes.
 """
 
+import errno
 import hashlib
 import os
 import time
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,6 +136,8 @@ def _hash_all(dataset: Dataset, features: FeatureSet, report: Report) -> dict[st
     def look(media: Media) -> CatalogueEntry | OSError:
         try:
             stat = media.path.stat()
+            if not S_ISREG(stat.st_mode):  # reading a pipe or a device may never end
+                raise OSError(errno.EINVAL, "not a file")
             known = before.media.get(media.id)
             if known is not None and known[1:] == (stat.st_size, stat.st_mtime_ns):
                 return known

@@ -49,13 +49,13 @@ class ImagePreprocess:
         image = read_image(content, self.upright)
         if seed is None:
             if self.enlarged is not None:
-                _check_length(image.size, self.enlarged)
+                check_length(image.size, self.enlarged)
             return self.transform(image)
         pixels = self.augmentation(functional.pil_to_tensor(image), seed)
         return functional.normalize(pixels.float() / 255, self.mean, self.std)
 
 
-def _check_length(size: tuple[int, int], enlarged: int) -> None:
+def check_length(size: tuple[int, int], enlarged: int) -> None:
     """ValueError for an image whose long side would take all memory once the short one is resized.
 
     Nothing of that side is seen but the middle, so the limit is the one for images as they are.

@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 
 from epalm.config import Recipe
 from epalm.extract.frames import DECODER, FRAME_RULE, read_frames
+from epalm.extract.pixels import check_length
 from epalm.extract.views import SpatialAugmentation
 
 TIMESFORMER: dict[str, Any] = {
@@ -89,6 +90,8 @@ class PixelTransform:
 
     def _resized(self, frames: torch.Tensor) -> torch.Tensor:
         target = [self.resize_to, self.resize_to] if self.squash else [self.resize_to]
+        if not self.squash:
+            check_length((frames.shape[-1], frames.shape[-2]), self.resize_to)
         # in float32: torchvision's uint8 kernel rounds and clips between the two axes, too
         resized = functional.resize(
             frames.float(), target, self.interpolation, None, self.antialias

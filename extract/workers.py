@@ -236,10 +236,9 @@ class ChangedFile(Exception):
 
 def describe_error(error: Exception) -> tuple[str, str]:
     """Kind and text of an error, in one line, without addresses in memory."""
-    text = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the file", str(error))
-    return type(error).__name__, " ".join(
-        text.split()
-    ) or f"{type(error).__name__}, no reason given"
+    kind = type(error).__name__
+    text = " ".join(re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the file", str(error)).split())
+    return kind, text or f"{kind}, no reason given"
 
 
 def _as_slots(memory: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:

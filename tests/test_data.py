@@ -42,6 +42,8 @@ def test_jsonl(tmp_path: Path) -> None:
         ({"split": "dev"}, "field 'split' is 'dev'"),
         ({"media": "../a.png"}, "leaves the media root"),
         ({"media": "/a.png"}, "leaves the media root"),
+        ({"media": "a\0.png"}, "cannot name a file"),
+        ({"media": "\ud800.png"}, "cannot name a file"),
         ({"prompt": 7}, "field 'prompt' is 7"),
         ({"id": True}, "field 'id' is True"),
         ({"colour": "red"}, "unknown field 'colour'"),

@@ -80,6 +80,40 @@ def test_an_epoch_shows_every_example_once_and_little_padding(
     assert share > 0.85  # 0.88 measured here; shuffled without regard to length it is 0.77
 
 
+def test_each_epoch_learns_from_one_view_of_each_media(prepare: Callable[..., Parts]) -> None:
+    parts = prepare("encoder.views.count=3")
+    batches = batches_of(parts)
+    steps = len(batches.examples) // 8
+    shown = []
+    for epoch in range(12):
+        views: dict[str, set[int]] = {}
+        for step in range(epoch * steps, (epoch + 1) * steps):
+            batch = batches[step]
+            media = [e.media for e in batches.examples]
+            for row in batch.features:
+                found = {
+                    (m, view)
+                    for m in set(media)
+                    for view in range(4)
+                    if torch.equal(parts.features.fetch([m], [view])[0], row)
+                }
+                assert len(found) == 1
+                ((name, view),) = found
+                views.setdefault(name, set()).add(view)
+        assert all(len(some) == 1 for some in views.values())
+        shown.append({name: view for name, (view,) in views.items()})
+    for media in shown[0]:
+        assert {epoch[media] for epoch in shown if media in epoch} == {1, 2, 3}
+    again = batches_of(parts)
+    assert torch.equal(again[steps].features, batches[steps].features)
+
+
+def test_features_are_the_same_wherever_they_are_placed(prepare: Callable[..., Parts]) -> None:
+    parts = [prepare(f"store.placement={place}") for place in ("auto", "ram", "disk", "device")]
+    batches = [batches_of(p)[2].features for p in parts]
+    assert all(torch.equal(batches[0], other) for other in batches[1:])
+
+
 def test_too_few_examples(prepare: Callable[..., Parts]) -> None:
     with pytest.raises(EpalmError, match="train.batch_size: 1000 wanted, the dataset has only"):
         batches_of(prepare("train.batch_size=1000"))
