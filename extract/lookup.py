@@ -15,7 +15,7 @@ from epalm.data.example import Dataset
 from epalm.errors import EpalmError, NotHereError
 from epalm.extract.columns import column_specs, last_layers
 from epalm.extract.encoder import describe
-from epalm.extract.loop import bad_media_message
+from epalm.extract.report import bad_media_message
 from epalm.store.column import Column, Row
 from epalm.store.feature_set import Catalogue, FeatureSet, find
 from epalm.store.spec import ColumnSpec, FeatureSpec

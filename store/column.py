@@ -252,6 +252,11 @@ class ColumnWriter:
             return None
         return Claim(Plan(**json.load(stream)), stream)
 
+    def give_up(self, claim: Claim) -> None:
+        """Strike a claimed plan; its rows are to be planned again."""
+        self.column._plan_path(claim.plan.shard).unlink(missing_ok=True)
+        claim.stream.close()
+
     def is_made(self, shard: int) -> bool:
         """The shard's marker is there."""
         return self.column._marker_path(shard).is_file()

@@ -1,5 +1,6 @@
 """Extraction: real images through a small ViT, interrupted, repeated, and with bad files."""
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,9 +14,13 @@ from safetensors.torch import save_file
 from epalm.config import Recipe, load_recipe
 from epalm.data import load_dataset
 from epalm.errors import EpalmError
+from epalm.extract.columns import column_specs
 from epalm.extract.encoder import Encoder, build, describe
 from epalm.extract.lookup import open_features
 from epalm.extract.loop import extract
+from epalm.extract.workers import Task
+from epalm.store.column import ColumnWriter, Row
+from epalm.store.feature_set import FeatureSet, Layout
 
 CPU = torch.device("cpu")
 
@@ -280,3 +285,26 @@ def test_orientation_and_palette_are_undone(toy_recipe: Recipe, tmp_path: Path) 
     assert torch.equal(plain, turned)
     assert torch.equal(plain, palette)
     assert timm.__version__ and plain.shape == (3, 32, 32)
+
+
+def test_a_shard_whose_owner_died_is_taken_over_even_with_foreign_media(
+    toy_recipe: Recipe,
+) -> None:
+    """Another dataset's extraction shares one of our media, holds its shard, and dies."""
+    dataset = load_dataset(toy_recipe)
+    spec = describe(toy_recipe)
+    features = FeatureSet.create(
+        Path(toy_recipe.store.root), spec, Layout("zarr", 4, toy_recipe.encoder.weights)
+    )
+    (column,) = features.columns_for(column_specs(toy_recipe, spec)[0])
+    ours = Task.of_file(next(iter(dataset.media.values())).path).content_hash
+    writer = ColumnWriter(column)
+    assert writer.plan([Row(ours, 0), Row("f" * 64, 0)]) == {0: 2}
+    claim = writer.claim(0)
+    assert claim is not None
+    death = threading.Timer(3, claim.stream.close)
+    death.start()
+    report = extract(toy_recipe, dataset)
+    assert (report.encoded, report.found, report.failed) == (12, 0, {})
+    assert not death.is_alive()
+    assert not list((column.folder / "plans").iterdir())

@@ -1,0 +1,73 @@
+"""Content hashes of media files: what features are filed by."""
+
+import errno
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from stat import S_ISREG
+
+from tqdm import tqdm
+
+from epalm.data.example import Dataset, Media
+from epalm.data.grouping import chunks
+from epalm.store.column import Failure
+from epalm.store.feature_set import Catalogue, CatalogueEntry, FeatureSet
+
+HASH_PIECE = 4096  # media hashed between two saves of the catalogue
+
+
+def hash_media(dataset: Dataset, features: FeatureSet) -> Catalogue:
+    """Hash a dataset's media, and enter what is new into the set's catalogue.
+
+    A file whose size and time of change are known is not read again.
+
+    Returns:
+        The dataset's media that could be read, and those that could not.
+    """
+    before = features.catalogue(dataset.name)
+    found = Catalogue(str(dataset.root))
+    everything = list(dataset.media.values())
+    with (
+        ThreadPoolExecutor(4, thread_name_prefix="hash") as pool,
+        tqdm(total=len(everything), desc="hash", unit="media", leave=False) as bar,
+    ):
+        for piece in chunks(everything, HASH_PIECE):
+            results = pool.map(lambda media: _look(media, before.media.get(media.id)), piece)
+            for media, result in zip(piece, results, strict=True):
+                if isinstance(result, CatalogueEntry):
+                    found.media[media.id] = result
+                else:
+                    reason = f"cannot be read: {result.strerror}"
+                    failure = Failure(media.id, reason, type(result).__name__)
+                    found.unreadable[media.id] = failure
+            if _is_news(found, before):  # else nothing is written: the store may be read-only
+                features.add_to_catalogue(dataset.name, found)
+            bar.update(len(piece))
+    return found
+
+
+def removed_media(dataset: Dataset, features: FeatureSet) -> list[str]:
+    """Ids that the catalogue knows and the dataset no longer has, and whose files are gone."""
+    others = features.catalogue(dataset.name).media.keys() - dataset.media.keys()
+    return sorted(m for m in others if not (dataset.root / m).exists())
+
+
+def _look(media: Media, known: CatalogueEntry | None) -> CatalogueEntry | OSError:
+    try:
+        stat = media.path.stat()
+        if not S_ISREG(stat.st_mode):  # reading a pipe or a device may never end
+            raise OSError(errno.EINVAL, "not a file")
+        if known is not None and known[1:] == (stat.st_size, stat.st_mtime_ns):
+            return known
+        with media.path.open("rb") as stream:
+            content_hash = hashlib.file_digest(stream, "sha256").hexdigest()
+        return CatalogueEntry(content_hash, stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        return error
+
+
+def _is_news(found: Catalogue, before: Catalogue) -> bool:
+    return (
+        found.root != before.root
+        or not found.media.items() <= before.media.items()
+        or not found.unreadable.items() <= before.unreadable.items()
+    )
