@@ -27,7 +27,12 @@ def load_lm(config: LMConfig, device: torch.device) -> PreTrainedModel:
     dtype = choose_dtype(config.dtype, device)
     logging.disable_progress_bar()
     try:
-        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        lm = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",  # our masks are boolean, eager attention would add them
+            local_files_only=True,
+        )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise EpalmError(_not_loadable(config.weights, folder, error)) from None
     return lm.to(device).eval()

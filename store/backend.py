@@ -22,6 +22,10 @@ class ShardBackend(Protocol):
 
     def __init__(self, folder: Path, row_shape: tuple[int, ...], dtype: str, shard_rows: int): ...
 
+    def reserve(self, shards: int) -> None:
+        """Prepare for blocks 0 to `shards` - 1; called under the column's lock before any write."""
+        ...
+
     def write(self, shard: int, rows: NDArray[np.generic], valid: NDArray[np.bool_]) -> str:
         """Write one block atomically; returns the SHA-256 of its rows' bytes.
 

@@ -1,6 +1,7 @@
 """A block's bytes: hashed while they are written."""
 
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_HASHER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
+PIECE = 2**21
+"""Bytes after which the disk is set to work: a huge page, so that the file is mapped in such."""
+
+BESIDE = ThreadPoolExecutor(max_workers=2, thread_name_prefix="store")
+"""What is done while rows are written; all of it releases the interpreter lock."""
 
 
 def checksum(rows: NDArray[np.generic]) -> str:
@@ -17,18 +22,29 @@ def checksum(rows: NDArray[np.generic]) -> str:
 
 
 def write_rows(path: Path, offset: int, rows: NDArray[np.generic], size: int) -> str:
-    """Write rows at an offset of an existing file, make it `size` bytes long; their SHA-256.
+    """Write rows at an offset of an existing file, `size` bytes long in the end, and flush it.
 
-    The rest of the file, unused rows, reads as zeros and takes no space.
+    The rest of the file, unused rows, reads as zeros and takes no space. Returns their SHA-256,
+    which is reckoned meanwhile.
     """
     content = as_bytes(rows)
-    digest = _HASHER.submit(hashlib.sha256, content)  # both release the interpreter lock
+    digest = BESIDE.submit(hashlib.sha256, content)
     with path.open("rb+", buffering=0) as stream:
+        if os.fstat(stream.fileno()).st_size != size:
+            stream.truncate(size)  # first: afterwards it would wait for the disk
         stream.seek(offset)
         while content:
-            content = content[stream.write(content) :]
-        stream.truncate(size)
+            written = stream.write(content[: PIECE - offset % PIECE])
+            _begin_writeback(stream.fileno(), offset, written)
+            content, offset = content[written:], offset + written
+        os.fsync(stream.fileno())
     return digest.result().hexdigest()
+
+
+def _begin_writeback(descriptor: int, begin: int, length: int) -> None:
+    """Let the disk begin before the fsync; dirty pages are written, not dropped, by this advice."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, begin, length, os.POSIX_FADV_DONTNEED)
 
 
 def as_bytes(rows: NDArray[np.generic]) -> Any:

@@ -16,8 +16,8 @@ media in the same order, and so makes the same bytes.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import count
+from dataclasses import dataclass, field
+from itertools import count, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -29,6 +29,7 @@ from epalm.store.atomic import claim, locked, write_atomic
 from epalm.store.backend import ShardBackend, open_backend
 from epalm.store.blocks import checksum
 from epalm.store.spec import ColumnSpec, FeatureSpec
+from epalm.store.window import Window
 
 
 class Row(NamedTuple):
@@ -89,7 +90,6 @@ class Column:
         self.backend: ShardBackend = open_backend(
             backend, folder, self.row_shape, spec.dtype, shard_rows
         )
-        self._blocks: dict[int, NDArray[np.generic]] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -98,8 +98,15 @@ class Column:
         self.damaged: list[Marker] = []
         self.failures: dict[Row, Failure] = {}
         self._row_of: dict[Row, int] = {}
+        self._dtype = self.spec.dtype
+        self._window: Window | None = None
+        self._blocks: dict[int, NDArray[np.generic]] = {}
         for path in sorted((self.folder / "markers").glob("*.json")):
-            self._index(Marker.read(path))
+            marker = Marker.read(path)
+            if self.backend.is_whole(marker.shard, len(marker.hashes), marker.dtype):
+                self._index(marker)
+            else:
+                self.damaged.append(marker)
 
     def __contains__(self, row: Row) -> bool:
         return row in self._row_of
@@ -109,12 +116,12 @@ class Column:
 
     def rows(self, wanted: Sequence[Row]) -> NDArray[np.int64]:
         """Row numbers (n,); KeyError when one is not there."""
-        return np.array([self._row_of[row] for row in wanted], np.int64)
+        found = map(self._row_of.__getitem__, wanted)
+        return np.fromiter(found, np.int64, len(wanted))
 
     def dtype(self) -> str:
         """The number format that holds every row: the spec's, or float32 where one had to be."""
-        stored = {marker.dtype for marker in self.markers.values()}
-        return "float32" if "float32" in stored else self.spec.dtype
+        return self._dtype
 
     def gather(
         self,
@@ -135,17 +142,23 @@ class Column:
         Raises:
             EpalmError: a shard whose bytes are not those that were written.
         """
+        if out is None and len(rows) and self._dtype == self.spec.dtype:
+            if self._window is None:
+                shards = max(self.markers) + 1
+                self._window = Window(
+                    self.row_shape, self._dtype, self.shard_rows, shards, self._opened
+                )
+            return self._window.take(rows, layers)
         if out is None:
             kept = len(self.column.layers[layers])
-            out = np.empty((len(rows), kept, *self.row_shape[1:]), self.dtype())
-        shards, offsets = np.divmod(rows, self.shard_rows)
-        for position, shard, offset in zip(
-            range(len(rows)), shards.tolist(), offsets.tolist(), strict=True
-        ):
-            block = self._blocks.get(shard)
-            if block is None:
-                block = self._open(shard)
-            out[position] = block[offset, layers]
+            out = np.empty((len(rows), kept, *self.row_shape[1:]), self._dtype)
+        # neighbouring rows of a shard are copied at once
+        apart = (np.diff(rows) != 1) | (rows[1:] % self.shard_rows == 0)
+        ends = [*(np.flatnonzero(apart) + 1).tolist(), len(rows)] if len(rows) else []
+        for begin, end in pairwise([0, *ends]):
+            shard, offset = divmod(int(rows[begin]), self.shard_rows)
+            block = self._opened(shard)
+            out[begin:end] = block[offset : offset + end - begin, layers]
         return out
 
     def block(self, shard: int) -> NDArray[np.generic]:
@@ -157,22 +170,23 @@ class Column:
         """The shard's bytes have the checksum they were written with."""
         return checksum(self.block(shard)) == self.markers[shard].sha256
 
-    def _open(self, shard: int) -> NDArray[np.generic]:
+    def _opened(self, shard: int) -> NDArray[np.generic]:
         """A shard's rows; the checksum is compared when it is first used."""
-        block = self.block(shard)
-        if checksum(block) != self.markers[shard].sha256:
-            raise EpalmError(
-                f"{self.folder}: shard {shard} does not have the checksum it was written with; "
-                "run `cache repair` with this recipe"
-            )
-        self._blocks[shard] = np.asarray(block)  # a plain array is read faster than a memmap
+        if shard not in self._blocks:
+            block = self.block(shard)
+            if checksum(block) != self.markers[shard].sha256:
+                raise EpalmError(
+                    f"{self.folder}: shard {shard} does not have the checksum it was written with; "
+                    "run `cache repair` with this recipe"
+                )
+            self._blocks[shard] = np.asarray(block)  # a plain array is read faster than a memmap
         return self._blocks[shard]
 
     def _index(self, marker: Marker) -> None:
-        if not self.backend.is_whole(marker.shard, len(marker.hashes), marker.dtype):
-            self.damaged.append(marker)
-            return
         self.markers[marker.shard] = marker
+        self._window = None  # it has no place for a new shard
+        if marker.dtype != self.spec.dtype:
+            self._dtype = marker.dtype
         for offset, row in enumerate(marker.rows):
             failure = marker.failed.get(row.content_hash)
             if failure is None:
@@ -238,8 +252,10 @@ class ColumnWriter:
                 for begin in range(0, len(hashes), column.shard_rows):
                     number = next(free)
                     plan = Plan(number, view, hashes[begin : begin + column.shard_rows])
-                    write_atomic(column._plan_path(number), json.dumps(asdict(plan)))
+                    write_atomic(column._plan_path(number), json.dumps(vars(plan)))
                     pending[number] = len(plan.hashes)
+            if pending:
+                column.backend.reserve(max(pending) + 1)
         return dict(sorted(pending.items()))
 
     def claim(self, shard: int) -> Claim | None:
@@ -281,7 +297,7 @@ class ColumnWriter:
         valid = np.array([h not in failed for h in plan.hashes])
         sha256 = column.backend.write(plan.shard, rows.astype(dtype, copy=False), valid)
         marker = Marker(plan.shard, plan.view, plan.hashes, dtype, sha256, failed)
-        write_atomic(column._marker_path(plan.shard), json.dumps(asdict(marker)))
+        write_atomic(column._marker_path(plan.shard), json.dumps(vars(marker)))
         column._plan_path(plan.shard).unlink(missing_ok=True)
         column._index(marker)
         return marker
@@ -290,7 +306,7 @@ class ColumnWriter:
         """Give up shards, so that the same media are encoded into the same places again."""
         for marker in markers:
             plan = Plan(marker.shard, marker.view, marker.hashes)
-            write_atomic(self.column._plan_path(plan.shard), json.dumps(asdict(plan)))
+            write_atomic(self.column._plan_path(plan.shard), json.dumps(vars(plan)))
             self.column._marker_path(plan.shard).unlink(missing_ok=True)
         self.column.refresh()
 
@@ -324,5 +340,7 @@ def _drop_if_idle(path: Path) -> bool:
 
 
 def _fits(rows: NDArray[np.float32], dtype: str) -> bool:
+    if rows.dtype == dtype:
+        return True
     limit = np.finfo(dtype).max
     return bool(rows.size == 0 or (rows.max() <= limit and rows.min() >= -limit))

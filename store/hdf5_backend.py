@@ -1,10 +1,13 @@
-"""HDF5 shards: one file per shard, `features` (n, layers, tokens, D) contiguous and `valid` (n,).
+"""HDF5 shards: one file per shard, `valid` (n,) and the contiguous `features` (n, layers, tokens, D).
 
-HDF5 lays the file out; the rows are written to and mapped from the place that it gave them, which
-costs no copy and no call into its library per read.
+HDF5 lays out a file of each size once; every other shard of that size is the same file with other
+numbers in it. Rows are mapped from the place that HDF5 names. Neither costs a copy, nor a call into
+the library per shard or read.
 """
 
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -14,7 +17,7 @@ from epalm.errors import EpalmError
 from epalm.store.atomic import replacing
 from epalm.store.blocks import write_rows
 
-ALIGNMENT = 64
+ALIGNMENT = 4096
 """Bytes that a block's place in its file is a multiple of: mapped numbers are read fast only so."""
 
 
@@ -24,11 +27,17 @@ class HDF5Backend:
     def __init__(self, folder: Path, row_shape: tuple[int, ...], dtype: str, shard_rows: int):
         self.folder, self.row_shape = folder / "shards", row_shape
 
+    def reserve(self, shards: int) -> None:
+        pass  # each block is a file of its own
+
     def write(self, shard: int, rows: NDArray[np.generic], valid: NDArray[np.bool_]) -> str:
         little = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
+        form = _form(little.shape, little.dtype)
+        head = bytearray(form.head)
+        head[form.valid : form.valid + len(valid)] = valid.astype(np.uint8).tobytes()
         with replacing(self._path(shard)) as partial:
-            offset, size = _lay_out(partial, little.shape, little.dtype, valid)
-            return write_rows(partial, offset, little, size)
+            partial.write_bytes(head)
+            return write_rows(partial, len(head), little, len(head) + little.nbytes)
 
     def is_whole(self, shard: int, rows: int, dtype: str) -> bool:
         path = self._path(shard)
@@ -46,7 +55,9 @@ class HDF5Backend:
         if offset is None:
             raise EpalmError(f"{path}: its features are not contiguous; extract it again")
         stored = np.dtype(dtype).newbyteorder("<")
-        return np.memmap(path, stored, mode="r", offset=offset, shape=(rows, *self.row_shape))
+        size = rows * int(np.prod(self.row_shape)) * stored.itemsize
+        whole = np.memmap(path, np.uint8, mode="r")  # from its start, where huge pages begin
+        return whole[offset : offset + size].view(stored).reshape(rows, *self.row_shape)
 
     def files(self, shard: int) -> list[Path]:
         return [path for path in [self._path(shard)] if path.is_file()]
@@ -58,20 +69,44 @@ class HDF5Backend:
         return self.folder / f"{shard:06}.h5"
 
 
-def _lay_out(
-    path: Path, shape: tuple[int, ...], dtype: np.dtype[np.generic], valid: NDArray[np.bool_]
-) -> tuple[int, int]:
-    """A new HDF5 file whose features are still to be written: their offset, and the file's size."""
-    space = h5py.h5s.create_simple(shape)
+class _Form(NamedTuple):
+    """A file before its numbers.
+
+    Attributes:
+        head: all bytes before the features, which end the file.
+        valid: offset of `valid` in it.
+    """
+
+    head: bytes
+    valid: int
+
+
+@cache
+def _form(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> _Form:
+    """What HDF5 makes of a shard of this shape, laid out in memory."""
+    name = f"form of {shape} {dtype}"
+    with h5py.File(
+        name, "w", driver="core", backing_store=False, alignment_threshold=1,
+        alignment_interval=ALIGNMENT,
+    ) as file:  # fmt: skip
+        valid = _contiguous(file, b"valid", shape[:1], np.dtype(np.uint8))
+        features = _contiguous(file, b"features", shape, dtype)
+        file.flush()
+        image = file.id.get_file_image()
+    if features + int(np.prod(shape)) * dtype.itemsize != len(image):
+        raise EpalmError("this version of HDF5 does not put the last dataset last; use zarr")
+    return _Form(image[:features], valid)
+
+
+def _contiguous(
+    file: h5py.File, name: bytes, shape: tuple[int, ...], dtype: np.dtype[np.generic]
+) -> int:
+    """Make a dataset with room for its numbers; where they are to stand."""
     plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plan.set_layout(h5py.h5d.CONTIGUOUS)
     plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # we write every byte ourselves
     plan.set_obj_track_times(False)  # equal rows give equal files
-    with h5py.File(path, "w", alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
-        file.create_dataset("valid", data=valid.astype(np.uint8))
-        kind = h5py.h5t.py_create(dtype)
-        dataset = h5py.h5d.create(file.id, b"features", kind, space, plan)
-        offset = dataset.get_offset()
-        dataset.close()
-    return offset, path.stat().st_size
+    space = h5py.h5s.create_simple(shape)
+    dataset = h5py.h5d.create(file.id, name, h5py.h5t.py_create(dtype), space, plan)
+    return dataset.get_offset()

@@ -117,6 +117,8 @@ def convert(
         target = FeatureSet(work, features.spec, layout)
         into = {column.folder.name: column for column in target.columns}
         shards = [(column, shard) for column in features.columns for shard in column.markers]
+        for column in features.columns:
+            into[column.folder.name].backend.reserve(max(column.markers, default=-1) + 1)
         for column, shard in progress(shards):
             _copy_shard(column, into[column.folder.name], shard)
         features.folder.rename(old)

@@ -7,16 +7,16 @@ to be float32 stands at its place in the array `features_float32`; `valid` is 1 
 `features`, 2 for one there, 0 for one in neither.
 """
 
+import json
 import math
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
 from epalm.store.atomic import locked, replacing, write_atomic
-from epalm.store.blocks import write_rows
+from epalm.store.blocks import BESIDE, write_rows
 
 
 class ZarrBackend:
@@ -26,19 +26,28 @@ class ZarrBackend:
         self.folder, self.dtype = folder, dtype
         self.block_shape = (shard_rows, *row_shape)
 
+    def reserve(self, shards: int) -> None:
+        rows = shards * self.block_shape[0]
+        self._grow("features", self.dtype, rows)
+        self._grow("valid", "uint8", rows)
+
     def write(self, shard: int, rows: NDArray[np.generic], valid: NDArray[np.bool_]) -> str:
         name = self._array(rows.dtype.name)
-        self._grow(name, rows.dtype.name, (shard + 1) * self.block_shape[0])
+        if name != "features":
+            with locked(self.folder / ".lock"):  # another process may be doing so as well
+                self._grow(name, rows.dtype.name, (shard + 1) * self.block_shape[0])
         for old in self.files(shard):  # a block redone may have had another number format
             old.unlink()
+        mask = np.zeros(self.block_shape[0], np.uint8)
+        mask[: len(rows)] = valid * (1 if name == "features" else 2)
+        place = self.folder / "valid" / "c" / str(shard)
+        beside = BESIDE.submit(write_atomic, place, mask.tobytes())  # the disk takes both at once
         chunk = self._chunk(name, shard)
         little = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
         with replacing(chunk) as partial:
             partial.touch()
             digest = write_rows(partial, 0, little, self._size(rows.dtype.name))
-        mask = np.zeros(self.block_shape[0], np.uint8)
-        mask[: len(rows)] = valid * (1 if name == "features" else 2)
-        write_atomic(self.folder / "valid" / "c" / str(shard), mask.tobytes())
+        beside.result()
         return digest
 
     def is_whole(self, shard: int, rows: int, dtype: str) -> bool:
@@ -69,27 +78,24 @@ class ZarrBackend:
         zeros = ["0"] * (len(self.block_shape) - 1)
         return self.folder.joinpath(array, "c", str(shard), *zeros)
 
-    def _grow(self, array: str, dtype: str, rows: int) -> None:
-        """Make the arrays at least so many rows long; rows not yet written read as not valid."""
-        with locked(self.folder / ".lock"):  # another process may be growing them as well
-            group = zarr.open_group(self.folder, mode="a")
-            for name, shape, kind in (
-                (array, self.block_shape, np.dtype(dtype).newbyteorder("<")),
-                ("valid", self.block_shape[:1], np.dtype(np.uint8)),
-            ):
-                if name not in group:
-                    group.create_array(
-                        name,
-                        shape=(rows, *shape[1:]),
-                        chunks=shape,
-                        dtype=kind,
-                        compressors=None,
-                        filters=None,
-                        fill_value=0,
-                    )
-                    continue
-                existing = cast(zarr.Array, group[name])
-                if existing.shape[0] < rows:
-                    existing.resize((rows, *shape[1:]))
-            for leftover in self.folder.rglob("zarr.*.partial"):  # of a killed process
-                leftover.unlink(missing_ok=True)
+    def _grow(self, name: str, dtype: str, rows: int) -> None:
+        """Make an array at least so many rows long; rows not yet written read as not valid."""
+        path = self.folder / name / "zarr.json"
+        shape = self.block_shape if name != "valid" else self.block_shape[:1]
+        if not path.is_file():
+            zarr.open_group(self.folder, mode="a").create_array(
+                name,
+                shape=(rows, *shape[1:]),
+                chunks=shape,
+                dtype=np.dtype(dtype).newbyteorder("<"),
+                compressors=None,
+                filters=None,
+                fill_value=0,
+            )
+            for leftover in self.folder.glob("**/zarr.*.partial"):  # of a killed process
+                leftover.unlink()
+            return
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        if metadata["shape"][0] < rows:
+            metadata["shape"][0] = rows
+            write_atomic(path, json.dumps(metadata, indent=2))
