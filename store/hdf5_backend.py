@@ -1,4 +1,4 @@
-"""HDF5 shards: one file per shard, `valid` (n,) and the contiguous `features` (n, layers, tokens, D).
+"""HDF5 shards: one file each, `valid` (n,) and contiguous `features` (n, layers, tokens, D).
 
 HDF5 lays out a file of each size once; every other shard of that size is the same file with other
 numbers in it. Rows are mapped from the place that HDF5 names. Neither costs a copy, nor a call into
@@ -84,16 +84,20 @@ class _Form(NamedTuple):
 @cache
 def _form(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> _Form:
     """What HDF5 makes of a shard of this shape, laid out in memory."""
-    name = f"form of {shape} {dtype}"
+    size = int(np.prod(shape)) * dtype.itemsize
     with h5py.File(
-        name, "w", driver="core", backing_store=False, alignment_threshold=1,
+        f"form of {shape} {dtype}",
+        "w",
+        driver="core",
+        backing_store=False,
+        alignment_threshold=ALIGNMENT if size >= ALIGNMENT else 1,  # not HDF5's own small pieces
         alignment_interval=ALIGNMENT,
-    ) as file:  # fmt: skip
+    ) as file:
         valid = _contiguous(file, b"valid", shape[:1], np.dtype(np.uint8))
         features = _contiguous(file, b"features", shape, dtype)
         file.flush()
         image = file.id.get_file_image()
-    if features + int(np.prod(shape)) * dtype.itemsize != len(image):
+    if features + size != len(image):
         raise EpalmError("this version of HDF5 does not put the last dataset last; use zarr")
     return _Form(image[:features], valid)
 

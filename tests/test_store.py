@@ -58,7 +58,9 @@ class BackendContract:
 
     @pytest.fixture
     def backend(self, tmp_path: Path) -> ShardBackend:
-        return open_backend(self.name, tmp_path, (3, 1, 5), "float16", 4)
+        opened = open_backend(self.name, tmp_path, (3, 1, 5), "float16", 4)
+        opened.reserve(4)
+        return opened
 
     def test_reads_back_what_was_written(self, backend: ShardBackend) -> None:
         first, second = rows(4), rows(2, seed=1)
