@@ -57,7 +57,7 @@ def generate_texts(
     rows: Sequence[int],
     decode: DecodeConfig,
 ) -> list[str]:
-    """Greedy or beam answers to B prompts about M media with features (M, n, D)."""
+    """Greedy or beam answers to B prompts about M media with features (M, n, [t,] D)."""
     ids, mask = pad_left([codec.prompt(text) for text in prompts], codec.pad)
     generated = model.generate(
         ids.to(model.device),

@@ -33,7 +33,7 @@ def predict(run: Run, checkpoint: Path, media: Path, prompt: str) -> str:
             f"{media}: cannot be decoded ({': '.join(describe_error(error))})"
         ) from None
     wanted = last_layers(recipe, column_specs(recipe, spec)[0])
-    layers = encoder.encode(inputs[None], wanted)[:, :, 0]
+    layers = encoder.encode(inputs[None], wanted).squeeze(2)
     layers = layers.to(getattr(torch, spec.dtype))  # as the store would have kept them
     model, codec = build_model(recipe, spec.layers, spec.dim, device)
     load_weights(checkpoint, model)

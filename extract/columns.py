@@ -40,7 +40,15 @@ def view_columns(recipe: Recipe, features: FeatureSet) -> list[tuple[int, list[C
 
 
 def last_layers(recipe: Recipe, column: ColumnSpec) -> tuple[int, ...]:
-    """The last n layers that a column keeps (convention 3)."""
+    """The layers of a column that the variant uses: its `levels`, or the last n (convention 3)."""
+    if recipe.variant.levels is not None:
+        named = tuple(sorted(set(recipe.variant.levels.values())))
+        if not set(named) <= set(column.layers):
+            raise EpalmError(
+                f"variant.levels: encoder layers {', '.join(map(str, named))} wanted, "
+                f"there are only {', '.join(map(str, column.layers))}"
+            )
+        return named
     wanted = recipe.variant.encoder_layers
     if wanted > len(column.layers):
         raise EpalmError(

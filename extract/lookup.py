@@ -64,7 +64,7 @@ class _Group:
 
 
 class FeatureTable:
-    """Features of a dataset's media: the last n encoder layers, view 0 and views 1..K.
+    """Features of a dataset's media: the encoder layers that are used, view 0 and views 1..K.
 
     They are on the device, in memory or on disk, as `store.placement` says.
 
@@ -81,11 +81,6 @@ class FeatureTable:
             ColumnSpec(c.tokens, c.token_count, last_layers(recipe, c), c.augmentation)
             for c in column_specs(recipe, features.spec)
         ]
-        if wanted[0].token_count != 1:
-            raise EpalmError(
-                f"encoder.tokens: {wanted[0].tokens} keeps {wanted[0].token_count} tokens a layer, "
-                "the connection takes one; set it to cls or mean"
-            )
         self._plain = _Group(features, wanted[0])
         self._augmented = _Group(features, wanted[-1])
         self._placed: torch.Tensor | None = None
@@ -97,7 +92,9 @@ class FeatureTable:
         return Row(self._hash_of.get(media, ""), view) in group
 
     def fetch(self, media: Sequence[str], views: Sequence[int] | None = None) -> torch.Tensor:
-        """(M, n, D) in the stored number format, ascending encoder layers.
+        """(M, n, D), or (M, n, t, D) where t > 1 tokens of a layer are kept, as they are stored.
+
+        Encoder layers ascend.
 
         Args:
             media: ids.
@@ -137,13 +134,13 @@ class FeatureTable:
     def _read(self, keys: Sequence[tuple[str, int]]) -> torch.Tensor:
         rows = [Row(self._hash_of[media], view) for media, view in keys]
         if not any(row.view for row in rows):
-            return torch.from_numpy(self._plain.gather(rows)[:, :, 0])
+            return torch.from_numpy(self._plain.gather(rows)).squeeze(2)
         if all(row.view for row in rows):
-            return torch.from_numpy(self._augmented.gather(rows)[:, :, 0])
+            return torch.from_numpy(self._augmented.gather(rows)).squeeze(2)
         dtypes = {self._plain.dtype(), self._augmented.dtype()}
         found = [(self._augmented if row.view else self._plain).gather([row]) for row in rows]
         joint = "float32" if "float32" in dtypes else dtypes.pop()
-        return torch.from_numpy(np.concatenate(found).astype(joint)[:, :, 0])
+        return torch.from_numpy(np.concatenate(found).astype(joint)).squeeze(2)
 
 
 def open_features(recipe: Recipe, dataset: Dataset) -> tuple[FeatureTable, Dataset]:

@@ -6,45 +6,31 @@ in one point: attention is strictly causal, so the perceptual token at position 
 are computed once per media however many texts follow: `perceive` runs the prefix, `extend` runs
 text on top of it. Generation uses the same two.
 
-Shapes: B texts, M media, n perceptual tokens, P prompt tokens, T text tokens, D encoder width, H LM
-width, V vocabulary, S = 1 + P + T.
+Shapes: B texts, M media, n encoder layers used, t perceptual tokens of each (1 but for MAGMA*), P
+prompt tokens, T text tokens, D encoder width, H LM width, V vocabulary, S = t + P + T. Features
+(M, n, t, D) may be given as (M, n, D) where t is 1.
 """
 
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from epalm.config import VariantConfig
+from epalm.model.adapters import Adapters
+from epalm.model.cache import PrefixCache
 from epalm.model.connection import Connection
+from epalm.model.deep_prompt import DeepPrompt
 from epalm.model.families import family_of
 from epalm.model.injection import InjectionPlan
 from epalm.model.masks import joint_mask, prefix_mask, text_mask
+from epalm.model.prefix import Prefix
 from epalm.model.soft_prompt import SoftPrompt
-
-
-class PrefixCache(DynamicCache):
-    """Keys and values of the prefix, then of the text; its length counts the text alone.
-
-    Layers below the first injection layer hold P prefix states, the others 1 + P.
-    """
-
-    prefix_in_first_layer = 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        if layer_idx != 0:
-            raise ValueError("only the first layer's text length is defined")
-        return super().get_seq_length(0) - self.prefix_in_first_layer
-
-    def take(self, layers: range, rows: torch.Tensor) -> None:
-        """In these layers, let row b become what row `rows[b]` was."""
-        for layer in self.layers[layers.start : layers.stop]:
-            if layer.is_initialized:
-                layer.keys = layer.keys.index_select(0, rows)
-                layer.values = layer.values.index_select(0, rows)
+from epalm.model.variant import make_adapters, make_connection, make_prompt, trains_lm
 
 
 class AugmentedLM(nn.Module, GenerationMixin):
@@ -53,8 +39,10 @@ class AugmentedLM(nn.Module, GenerationMixin):
     Args:
         lm: any causal LM of a known family; its weights are frozen.
         plan: where perceptual tokens enter.
-        connection: (M, n, D) features to (M, n, H) tokens.
-        soft_prompt: None for eP-ALM_lin.
+        connection: features to perceptual tokens.
+        prompt: soft or deep prompt; None for eP-ALM_lin.
+        adapters: of eP-ALM_ada; None for the others.
+        train_lm: the LM's weights are trained and saved too (table 12).
         reference_mask: let the perceptual token see everything (convention 7, bug 2).
     """
 
@@ -66,19 +54,26 @@ class AugmentedLM(nn.Module, GenerationMixin):
         lm: PreTrainedModel,
         plan: InjectionPlan,
         connection: Connection,
-        soft_prompt: SoftPrompt | None,
+        prompt: SoftPrompt | DeepPrompt | None = None,
+        adapters: Adapters | None = None,
+        train_lm: bool = False,
         reference_mask: bool = False,
     ):
         super().__init__()
-        self.lm = lm.eval().requires_grad_(False)
+        self.lm = lm.eval().requires_grad_(train_lm)
         self.family = family_of(lm)
         self.plan = plan
         self.lower = range(plan.start)
         self.upper = range(plan.start, len(plan.source))
         self.trained = nn.ModuleDict({"connection": connection})
-        if soft_prompt is not None:
-            self.trained["soft_prompt"] = soft_prompt
-        self.prompt_length = soft_prompt.embedding.num_embeddings if soft_prompt is not None else 0
+        if prompt is not None:
+            kind = "soft_prompt" if isinstance(prompt, SoftPrompt) else "deep_prompt"
+            self.trained[kind] = prompt
+        if adapters is not None:
+            self.trained["adapters"] = adapters
+        if train_lm:
+            self.trained["lm"] = lm
+        self.prompt_length = prompt.length if prompt is not None else 0
         self.reference_mask = reference_mask
         self.config = lm.config
         self.generation_config = deepcopy(lm.generation_config)
@@ -87,19 +82,22 @@ class AugmentedLM(nn.Module, GenerationMixin):
     def from_config(
         cls, lm: PreTrainedModel, variant: VariantConfig, encoder_layers: int, encoder_dim: int
     ) -> "AugmentedLM":
-        """A recipe's variant on this LM, its trained parts in float32 on the LM's device."""
+        """A recipe's variant on this LM, its trained parts in float32 on the LM's device.
+
+        Raises:
+            EpalmError: what the LM or an encoder of this depth cannot have.
+        """
         family = family_of(lm)
         plan = InjectionPlan.from_config(variant, len(family.layers), encoder_layers)
-        connection = Connection(
-            variant.encoder_layers,
-            encoder_dim,
-            family.hidden_size,
-            shared=variant.connection == "shared",
+        model = cls(
+            lm,
+            plan,
+            make_connection(variant, lm, encoder_dim),
+            make_prompt(variant, family),
+            make_adapters(variant, family),
+            trains_lm(variant, lm),
+            variant.mask == "reference",
         )
-        prompt = None
-        if variant.prompt_length:
-            prompt = SoftPrompt(variant.prompt_length, family.prompt_width, variant.prompt_mlp)
-        model = cls(lm, plan, connection, prompt, variant.mask == "reference")
         model.trained.to(lm.device)
         return model
 
@@ -130,12 +128,12 @@ class AugmentedLM(nn.Module, GenerationMixin):
         Args:
             input_ids: (B, T) token ids, padded on either side.
             attention_mask: (B, T) 1 for real tokens, 0 for pads.
-            features: (M, n, D) of the media, ascending encoder layers.
+            features: (M, n, t, D) of the media, ascending encoder layers.
             rows: (B,) which media each text is about; None: M = B, in order.
         """
         if self.reference_mask:
             own = features if rows is None else features[rows]
-            return self.joint_states(input_ids, attention_mask, own)[:, 1 + self.prompt_length :]
+            return self.joint_states(input_ids, attention_mask, own)[:, -input_ids.shape[1] :]
         cache = self.perceive(features, rows)
         return self.extend(cache, input_ids, attention_mask, keep_cache=False)
 
@@ -145,15 +143,19 @@ class AugmentedLM(nn.Module, GenerationMixin):
         Layers below the first injection layer have one row in the cache, since all media are the
         same to them; the others have one row per text.
         """
-        tokens = self.trained["connection"](features).to(self.dtype)
+        prefix = self._prefix(features)
         cache = PrefixCache()
-        places = torch.arange(1 + self.prompt_length, device=self.device)
+        cache.perceptual = prefix.tokens.shape[2]
+        places = torch.arange(cache.perceptual + self.prompt_length, device=self.device)
         no_text = places.new_zeros((1, 0))
-        prompt = self._prompt_states()
-        lower = self._call(prompt, places[1:], no_text, prefix_mask(len(places) - 1, self.device))
-        upper = self._call(prompt, places, no_text, prefix_mask(len(places), self.device))
-        hidden = self._run(self.lower, prompt, lower, cache) if self.prompt_length else prompt
-        self._run(self.upper, hidden, upper, cache, tokens)
+        hidden = prefix.prompts[:1]
+        if self.prompt_length:
+            lower = self._call(hidden, places[cache.perceptual :], no_text, len(places),
+                               prefix_mask(self.prompt_length, self.device))  # fmt: skip
+            hidden = self._run(self.lower, hidden, lower, cache, prefix)
+        upper = self._call(hidden, places, no_text, len(places),
+                           prefix_mask(len(places), self.device))  # fmt: skip
+        self._run(self.upper, hidden, upper, cache, prefix)
         cache.prefix_in_first_layer = cache.get_seq_length()
         if rows is not None:
             cache.take(self.upper, rows)
@@ -177,8 +179,8 @@ class AugmentedLM(nn.Module, GenerationMixin):
             attention_mask: (B, T) of all text, the new tokens last.
             keep_cache: False when nothing will be run after this text.
         """
-        queries = input_ids.shape[1]
-        upper_mask = text_mask(1 + self.prompt_length, attention_mask, queries)
+        queries, length = input_ids.shape[1], cache.perceptual + self.prompt_length
+        upper_mask = text_mask(length, attention_mask, queries)
         positions = _positions(attention_mask)
         ids, upper_positions = input_ids, positions[:, -queries:]
         equal_to = None
@@ -191,13 +193,13 @@ class AugmentedLM(nn.Module, GenerationMixin):
         hidden = self.family.embed_text(ids, positions)
         no_places = positions.new_zeros(0)
         lower_mask = text_mask(self.prompt_length, attention_mask, queries)
-        lower = self._call(hidden, no_places, positions, lower_mask)
+        lower = self._call(hidden, no_places, positions, length, lower_mask)
         hidden = self._run(self.lower, hidden, lower, cache)
         if equal_to is not None:
             hidden = hidden[equal_to]
             if keep_cache:
                 cache.take(self.lower, equal_to)
-        upper = self._call(hidden, no_places, upper_positions, upper_mask)
+        upper = self._call(hidden, no_places, upper_positions, length, upper_mask)
         return self._run(self.upper, hidden, upper, cache)
 
     def joint_states(
@@ -208,19 +210,19 @@ class AugmentedLM(nn.Module, GenerationMixin):
         The only way with the reference's mask; with the causal one, a slower way to the same.
         Here M = B.
         """
-        tokens = self.trained["connection"](features).to(self.dtype)
+        prefix = self._prefix(features)
+        tokens = prefix.tokens.shape[2]
         positions = _positions(attention_mask)
         text = self.family.embed_text(input_ids, positions)
-        hidden = torch.cat((self._prompt_states().expand(len(text), -1, -1), text), dim=1)
-        places = torch.arange(1 + self.prompt_length, device=self.device)
-        masks = [
-            joint_mask(self.prompt_length, attention_mask, token, self.reference_mask)
-            for token in (False, True)
-        ]
-        lower = self._call(hidden, places[1:], positions, masks[0])
-        upper = self._call(hidden, places, positions, masks[1])
-        hidden = self._run(self.lower, hidden, lower, None)
-        return self._run(self.upper, hidden, upper, None, tokens)
+        hidden = torch.cat((prefix.prompts[:1].expand(len(text), -1, -1), text), dim=1)
+        places = torch.arange(tokens + self.prompt_length, device=self.device)
+        for layers, first in ((self.lower, tokens), (self.upper, 0)):
+            mask = joint_mask(
+                self.prompt_length, attention_mask, tokens - first, self.reference_mask
+            )
+            call = self._call(hidden, places[first:], positions, len(places), mask)
+            hidden = self._run(layers, hidden, call, None, prefix)
+        return hidden
 
     def forward(
         self,
@@ -233,7 +235,7 @@ class AugmentedLM(nn.Module, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits (B, Q, V), in the form Hugging Face's generation expects.
 
-        Either `features` (B, n, D) or a cache from `perceive` must be given; other keyword
+        Either `features` (B, n, t, D) or a cache from `perceive` must be given; other keyword
         arguments of Hugging Face models have no meaning here.
         """
         if attention_mask is None:  # as Hugging Face leaves it when nothing is padded
@@ -281,22 +283,28 @@ class AugmentedLM(nn.Module, GenerationMixin):
             input_ids, attention_mask=attention_mask, num_beams=num_beams, **source, **options
         )
 
-    def _prompt_states(self) -> torch.Tensor:
-        """The soft prompt entering layer 0: (1, P, H)."""
-        if "soft_prompt" not in self.trained:
+    def _prefix(self, features: torch.Tensor) -> Prefix:
+        """What stands before texts about media with these features (M, n, t, D)."""
+        if "soft_prompt" in self.trained:
+            words = self.trained["soft_prompt"]().to(self.dtype)
+            prompts = self.family.embed_prompt(words)[None]
+        elif "deep_prompt" in self.trained:
+            prompts = self.trained["deep_prompt"]().to(self.dtype)
+        else:
             width = self.family.hidden_size
-            return torch.empty(1, 0, width, dtype=self.dtype, device=self.device)
-        return self.family.embed_prompt(self.trained["soft_prompt"]().to(self.dtype))[None]
+            prompts = torch.empty(1, 0, width, dtype=self.dtype, device=self.device)
+        return Prefix(self.plan, self.trained["connection"](features).to(self.dtype), prompts)
 
     def _call(
         self,
         hidden: torch.Tensor,
         places: torch.Tensor,
         positions: torch.Tensor,
+        length: int,
         mask: torch.Tensor,
     ) -> dict[str, Any]:
-        """Keyword arguments of a layer call."""
-        extra = self.family.layer_arguments(hidden, places, positions, 1 + self.prompt_length)
+        """Keyword arguments of a layer call; `length` is t + P."""
+        extra = self.family.layer_arguments(hidden, places, positions, length)
         return {"attention_mask": mask, **extra}
 
     def _run(
@@ -305,7 +313,7 @@ class AugmentedLM(nn.Module, GenerationMixin):
         hidden: torch.Tensor,
         call: dict[str, Any],
         cache: PrefixCache | None,
-        tokens: torch.Tensor | None = None,
+        prefix: Prefix | None = None,
     ) -> torch.Tensor:
         """Some of the LM's layers, one after the other; the only place where they are called.
 
@@ -314,17 +322,16 @@ class AugmentedLM(nn.Module, GenerationMixin):
             hidden: (B, S, H) entering the first of them.
             call: their keyword arguments.
             cache: grows in every layer.
-            tokens: (M, n, H) perceptual tokens to inject; None: they are in the cache already.
+            prefix: what `hidden` has before the text; None: it is in the cache already.
         """
-        for index in layers:
-            source = self.plan.source[index]
-            if tokens is not None and source is not None:
-                rest = hidden if index == self.plan.start else hidden[:, 1:]
-                rest = rest.expand(len(tokens), -1, -1)
-                hidden = torch.cat((tokens[:, source, None], rest), dim=1)
-            hidden = self.family.layers[index](
-                hidden, past_key_values=cache, use_cache=cache is not None, **call
-            )
+        adapters = self.trained["adapters"] if "adapters" in self.trained else None
+        with adapters.attached(self.family, layers) if adapters is not None else nullcontext():
+            for index in layers:
+                if prefix is not None:
+                    hidden = prefix.enter(index, hidden)
+                hidden = self.family.layers[index](
+                    hidden, past_key_values=cache, use_cache=cache is not None, **call
+                )
         return hidden
 
 

@@ -2,23 +2,51 @@
 
 import torch
 from torch import nn
+from torch.nn.functional import normalize
 
 
 class Connection(nn.Module):
-    """One linear layer per perceptual token (eP-ALM), or one for all of them (_lin, _pt).
+    """One linear layer per level, n of them (eP-ALM), or one for all of them (_lin, _pt).
 
     Weights and biases have torch's default initialisation, without norm or activation
     (convention 4). All its parameters are trained.
+
+    Two options of DePALM (arXiv 2403.13499), off in the paper: `norm` gives every token this
+    length, and `affine` multiplies each of its H components by a trained scale and adds a trained
+    bias, both per level, after the norm; they start as 1 and 0.
     """
 
-    def __init__(self, tokens: int, dim: int, hidden: int, shared: bool):
+    def __init__(
+        self,
+        levels: int,
+        dim: int,
+        hidden: int,
+        shared: bool,
+        norm: float | None = None,
+        affine: bool = False,
+    ):
         super().__init__()
-        self.tokens = tokens
-        self.linears = nn.ModuleList(nn.Linear(dim, hidden) for _ in range(1 if shared else tokens))
+        self.levels = levels
+        self.linears = nn.ModuleList(nn.Linear(dim, hidden) for _ in range(1 if shared else levels))
+        self.norm = norm
+        self.scale = nn.Parameter(torch.ones(levels, 1, hidden)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(levels, 1, hidden)) if affine else None
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(M, n, D) features, of any number format, to (M, n, H) perceptual tokens."""
+        """(M, n, t, D) features, of any number format, to (M, n, t, H) perceptual tokens.
+
+        (M, n, D) is read as t = 1.
+        """
+        if features.ndim == 3:
+            features = features[:, :, None]
         features = features.to(self.linears[0].weight.dtype)
         if len(self.linears) == 1:
-            return self.linears[0](features)
-        return torch.stack([linear(features[:, i]) for i, linear in enumerate(self.linears)], dim=1)
+            tokens = self.linears[0](features)
+        else:
+            levels = [linear(features[:, i]) for i, linear in enumerate(self.linears)]
+            tokens = torch.stack(levels, dim=1)
+        if self.norm is not None:
+            tokens = normalize(tokens, dim=-1) * self.norm
+        if self.scale is not None:
+            tokens = tokens * self.scale + self.bias
+        return tokens

@@ -11,8 +11,8 @@ class InjectionPlan:
     """Where perceptual tokens are placed.
 
     Attributes:
-        source: for every LM layer, which of the n perceptual tokens is put at position 0 of its
-            input; None where nothing is put there.
+        source: for every LM layer, which of the n encoder layers' perceptual tokens are put first
+            in its input; None where nothing is put there.
     """
 
     source: tuple[int | None, ...]
@@ -37,6 +37,27 @@ class InjectionPlan:
         return cls(source)
 
     @classmethod
+    def explicit(
+        cls, levels: dict[int, int], lm_layers: int, encoder_layers: int
+    ) -> "InjectionPlan":
+        """LM layer to encoder layer, free of any rule (tables 9 and 14).
+
+        Raises:
+            EpalmError: layers that do not exist.
+        """
+        for what, named, count in (
+            ("LM", levels.keys(), lm_layers),
+            ("encoder", levels.values(), encoder_layers),
+        ):
+            wrong = sorted(layer for layer in named if not 0 <= layer < count)
+            if wrong:
+                raise EpalmError(
+                    f"variant.levels: {what} layer {wrong[0]} wanted, there are 0 to {count - 1}"
+                )
+        used = sorted(set(levels.values()))
+        return cls(tuple(used.index(levels[i]) if i in levels else None for i in range(lm_layers)))
+
+    @classmethod
     def from_config(
         cls, variant: VariantConfig, lm_layers: int, encoder_layers: int
     ) -> "InjectionPlan":
@@ -46,13 +67,16 @@ class InjectionPlan:
             EpalmError: layers that do not exist, or encoder layers that would never be used.
         """
         n = variant.encoder_layers
+        if variant.levels is not None:
+            return cls.explicit(variant.levels, lm_layers, encoder_layers)
         start = lm_layers // 2 if variant.inject_start is None else variant.inject_start
         end = lm_layers if variant.inject_end is None else variant.inject_end
+        start, end = (i + lm_layers if i < 0 else i for i in (start, end))
         if n > encoder_layers:
             raise EpalmError(
                 f"variant.encoder_layers: {n} wanted, the encoder has {encoder_layers}"
             )
-        if not start < end <= lm_layers:
+        if not 0 <= start < end <= lm_layers:
             raise EpalmError(
                 f"variant.inject_start, inject_end: {start} to {end} does not fit an LM of "
                 f"{lm_layers} layers; need start < end <= {lm_layers}"

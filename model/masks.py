@@ -24,20 +24,20 @@ def prefix_mask(length: int, device: torch.device) -> torch.Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
 
 
-def joint_mask(prompt: int, text: torch.Tensor, token: bool, token_sees_all: bool) -> torch.Tensor:
-    """Mask of the whole sequence run at once: (B, 1, S, S), S = token + prompt + T.
+def joint_mask(prompt: int, text: torch.Tensor, tokens: int, token_sees_all: bool) -> torch.Tensor:
+    """Mask of the whole sequence run at once: (B, 1, S, S), S = tokens + prompt + T.
 
-    `token_sees_all` is the reference's mask: the perceptual token at position 0 sees everything,
-    pads and later text included (convention 7, bug 2).
+    `token_sees_all` is the reference's mask: the perceptual tokens, which come first, see
+    everything, pads and later text included (convention 7, bug 2).
     """
     rows = text.shape[0]
-    before = int(token) + prompt
+    before = tokens + prompt
     keys = torch.cat((text.new_ones(rows, before), text), dim=1).bool()
     size = keys.shape[1]
     seen = prefix_mask(size, text.device)[0] & keys[:, None, :]
     seen = _see_something(seen, 0)
-    if token and token_sees_all:
-        seen[:, 0, :] = True
+    if token_sees_all:
+        seen[:, :tokens, :] = True
     return seen[:, None]
 
 

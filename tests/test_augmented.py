@@ -1,10 +1,11 @@
-"""The augmented LM on small random OPT and Llama: padding, caching and sharing change nothing."""
+"""The augmented LM on small random LMs: padding, caching and sharing change nothing."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from epalm.config import VariantConfig
 from epalm.errors import EpalmError
@@ -23,10 +24,38 @@ VARIANTS = {
     ),
     "every_second": VariantConfig(encoder_layers=2, inject_start=2, text_step=2, prompt_length=2),
 }
+
+
+def tiny_lm(kind: str, **changes: Any) -> PreTrainedModel:
+    """A random LM of 6 layers of a `model_type`, norms and biases random too."""
+    torch.manual_seed(4)
+    settings = {
+        "vocab_size": 384,
+        "hidden_size": 48,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 96,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "pad_token_id": 1,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+    }
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings | changes))
+    for parameter in lm.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return lm.eval()
+
+
 LMS: dict[str, Callable[[], PreTrainedModel]] = {
     "opt": tiny_opt,
     "opt_post_norm": lambda: tiny_opt(do_layer_norm_before=False, word_embed_proj_dim=32),
-    "llama": tiny_llama,
+    "llama": tiny_llama,  # and those like it: tests/test_families.py
+    "gpt2": lambda: tiny_lm("gpt2"),
+    "gpt_neox": lambda: tiny_lm("gpt_neox"),
 }
 # float32 sums in another order, through six layers of random weights ten times the usual size
 FLOAT = {"atol": 2e-4, "rtol": 2e-4}
@@ -50,7 +79,7 @@ def model(request: pytest.FixtureRequest, lm: PreTrainedModel) -> AugmentedLM:
 def batch(model: AugmentedLM) -> dict[str, torch.Tensor]:
     """Seven texts of four lengths about three media, the first two texts being equal."""
     torch.manual_seed(5)
-    n = model.trained["connection"].tokens
+    n = model.trained["connection"].levels
     lengths = [4, 4, 6, 3, 5, 6, 3]
     mask = torch.tensor([[0] * (6 - k) + [1] * k for k in lengths])
     ids = torch.randint(3, 384, mask.shape)

@@ -396,7 +396,7 @@ SOUNDS = Table(
 
 TABLES = {"image": IMAGES, "video": VIDEOS, "audio": SOUNDS}
 
-UNREADABLE = {"missing": "No such file", "folder": "Is a directory", "loop": "Too many levels"}
+UNREADABLE = {"missing": "No such file", "folder": "not a file", "loop": "Too many levels"}
 """Files that have no bytes, of every modality."""
 
 # --- extraction ----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ class Batch:
         input_ids: (B, T) prompt and answer without its last token, padded on the left.
         attention_mask: (B, T) 1 for real tokens.
         labels: (B, T) the id that follows each token, -100 where it is not learnt.
-        features: (M, n, D) as stored.
+        features: (M, n, D) or (M, n, t, D) as stored.
         rows: (B,) which media each text is about.
     """
 

@@ -1,7 +1,7 @@
 """Checkpoints: trained weights, and what resuming needs, as safetensors; never pickle.
 
-`best.safetensors` holds `trained.*` alone. `last.safetensors` holds AdamW's moments too
-(`exp_avg.*`, `exp_avg_sq.*`), with step and best score in the file's metadata.
+`best.safetensors` holds `trained.*` alone, every trained parameter once. `last.safetensors` holds
+AdamW's moments too (`exp_avg.*`, `exp_avg_sq.*`), with step and best score in the file's metadata.
 """
 
 import json
@@ -77,14 +77,18 @@ def _put_weights(path: Path, tensors: dict[str, torch.Tensor], model: AugmentedL
     weights = {
         k.removeprefix("trained."): v for k, v in tensors.items() if k.startswith("trained.")
     }
+    wanted = dict(model.trained.named_parameters())  # tied weights of a trained LM once
+    for name in sorted(wanted.keys() ^ weights.keys()):
+        state = "is missing" if name in wanted else "has no place"
+        raise EpalmError(f"{path}: does not fit the recipe's variant: {name} {state}")
     try:
-        model.trained.load_state_dict(weights)
+        model.trained.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise EpalmError(f"{path}: does not fit the recipe's variant: {error}") from None
 
 
 def _weights(model: AugmentedLM) -> dict[str, torch.Tensor]:
-    return {f"trained.{name}": value for name, value in model.trained.state_dict().items()}
+    return {f"trained.{name}": value for name, value in model.trained.named_parameters()}
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], progress: Progress) -> None:

@@ -95,7 +95,7 @@ def train(run: Run, parts: Parts, batches: TrainingBatches, validate: Validate |
                     {
                         "step": done,
                         "loss": loss.item(),
-                        "lr": learning_rates(done - 1, config)[0],
+                        "lr": learning_rates(done - 1, config).connection,
                         "examples_per_second": config.batch_size * (done - first) / seconds,
                         "tokens_per_second": tokens / seconds,
                         "data_wait_share": clock.spent["data"] / seconds,

@@ -1,6 +1,7 @@
-"""AdamW in two groups, and their learning rates (paper, appendix A; conventions 24 and 25)."""
+"""AdamW and its learning rates (paper, appendices A and D; conventions 24 and 25)."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -8,19 +9,39 @@ from epalm.config import TrainConfig
 from epalm.model.augmented import AugmentedLM
 
 
+class Rates(NamedTuple):
+    """Learning rates of the connections; of prompts and adapters; of the LM where it is trained."""
+
+    connection: float
+    prompt: float
+    lm: float
+
+
+_RATE_OF = {
+    "connection": "connection",
+    "soft_prompt": "prompt",
+    "deep_prompt": "prompt",
+    "adapters": "prompt",
+    "lm": "lm",
+}
+
+
 def make_optimiser(model: AugmentedLM, config: TrainConfig) -> torch.optim.AdamW:
-    """Group 0: connections; group 1, where there is one: the soft prompt."""
-    groups = [{"params": list(module.parameters())} for module in model.trained.values()]
+    """One group for each trained part; `rate` says which of the rates is its."""
+    groups = [
+        {"params": list(module.parameters()), "rate": _RATE_OF[name]}
+        for name, module in model.trained.items()
+    ]
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
     )
 
 
-def learning_rates(step: int, config: TrainConfig) -> tuple[float, float]:
-    """Rates of connections and soft prompt at a step, from 0.
+def learning_rates(step: int, config: TrainConfig) -> Rates:
+    """The rates at a step, from 0.
 
     Linear warm-up from `warmup_lr` to `lr`, then a cosine that reaches `min_lr` at the last step.
-    The soft prompt follows the same curve up to its own peak, or stays constant.
+    The others follow the same curve up to their own peaks; prompts and adapters may stay constant.
     """
     warmup = round(config.warmup * config.steps)
     if step < warmup:
@@ -29,11 +50,15 @@ def learning_rates(step: int, config: TrainConfig) -> tuple[float, float]:
         progress = (step - warmup) / max(config.steps - 1 - warmup, 1)
         half_wave = 0.5 * (1 + math.cos(math.pi * progress))
         rate = config.min_lr + (config.lr - config.min_lr) * half_wave
-    peak = config.lr if config.prompt_lr is None else config.prompt_lr
-    return rate, peak if config.prompt_schedule == "constant" else peak * rate / config.lr
+    share = rate / config.lr
+    prompt = config.lr if config.prompt_lr is None else config.prompt_lr
+    lm = config.lr if config.lm_lr is None else config.lm_lr
+    constant = config.prompt_schedule == "constant"
+    return Rates(rate, prompt if constant else prompt * share, lm * share)
 
 
 def set_learning_rates(optimiser: torch.optim.AdamW, step: int, config: TrainConfig) -> None:
-    """Give both groups their rate for this step."""
-    for group, rate in zip(optimiser.param_groups, learning_rates(step, config), strict=False):
-        group["lr"] = rate
+    """Give all groups their rate for this step."""
+    rates = learning_rates(step, config)
+    for group in optimiser.param_groups:
+        group["lr"] = getattr(rates, group["rate"])

@@ -32,8 +32,8 @@ class Parts:
     @property
     def total_parameters(self) -> int:
         """Encoder, LM and trained parts."""
-        frozen = sum(p.numel() for p in self.model.lm.parameters())
-        return frozen + self.features.spec.encoder_parameters + self.trained_parameters
+        ours = sum(p.numel() for p in self.model.parameters())  # a trained LM counts once
+        return ours + self.features.spec.encoder_parameters
 
 
 def assemble(recipe: Recipe) -> Parts:
@@ -55,7 +55,10 @@ def build_model(
     recipe: Recipe, encoder_layers: int, encoder_dim: int, device: torch.device
 ) -> tuple[AugmentedLM, TextCodec]:
     """The augmented LM and its text codec, for an encoder of this depth and width."""
-    lm = load_lm(recipe.lm, device)
+    wanted = recipe.lm
+    if recipe.variant.train_lm and wanted.dtype == "auto":
+        wanted = wanted.model_copy(update={"dtype": "float32"})
+    lm = load_lm(wanted, device)
     tokenizer = load_tokenizer(recipe.lm, recipe.text, lm.get_input_embeddings().weight.shape[0])
     torch.manual_seed(recipe.seed)
     model = AugmentedLM.from_config(lm, recipe.variant, encoder_layers, encoder_dim)

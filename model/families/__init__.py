@@ -4,15 +4,33 @@ from transformers import PreTrainedModel
 
 from epalm.errors import EpalmError
 from epalm.model.families.base import LMFamily
+from epalm.model.families.gpt2 import GPT2Family
+from epalm.model.families.gpt_neox import GPTNeoXFamily
 from epalm.model.families.llama import LlamaFamily
 from epalm.model.families.opt import OPTFamily
+from epalm.model.families.windowed import WindowedFamily
 
-FAMILIES: dict[str, type[LMFamily]] = {"opt": OPTFamily, "llama": LlamaFamily}
+FAMILIES: dict[str, type[LMFamily]] = {
+    "opt": OPTFamily,
+    "llama": LlamaFamily,  # TinyLlama, Vicuna, SmolLM2 too
+    "mistral": WindowedFamily,
+    "qwen2": WindowedFamily,
+    "qwen3": WindowedFamily,
+    "gemma": LlamaFamily,  # its embedding scales the words itself; a soft prompt is not scaled
+    "gpt2": GPT2Family,
+    "gpt_neox": GPTNeoXFamily,  # Pythia
+}
 
 
 def family_of(lm: PreTrainedModel) -> LMFamily:
-    """The family of an LM; EpalmError when it has none yet."""
+    """The family of an LM; EpalmError when it has none yet, or cannot read our masks."""
     kind = lm.config.model_type
     if kind not in FAMILIES:
         raise EpalmError(f"lm.weights: LM family {kind!r} is not one of {', '.join(FAMILIES)}")
+    attention = lm.config._attn_implementation
+    if attention != "sdpa":  # the others take no boolean mask, and some say nothing
+        raise EpalmError(
+            f"lm.weights: attn_implementation is {attention!r}; remove it from the LM's "
+            "config.json, so that it is 'sdpa'"
+        )
     return FAMILIES[kind](lm)

@@ -47,6 +47,16 @@ class LMFamily(Protocol):
         """
         ...
 
+    def attention(self, layer: int) -> nn.Module:
+        """A layer's attention sub-layer: its first argument, or `hidden_states`, are states (B, S,
+        H); so is its output, or the first of a tuple. The norm and the residual are outside."""
+        ...
+
+    def feed_forward(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        """The first and the last module of a layer's feed-forward sub-layer, often the same: states
+        (..., H) enter the one and leave the other. The norm and the residual are outside."""
+        ...
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """States (..., H) leaving the last layer to logits (..., V), final norm included."""
         ...

@@ -8,6 +8,7 @@ are what they would be without them. Below the first injection layer place 0 sta
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -39,6 +40,13 @@ class LlamaFamily:
             dim=1,
         )
         return {"position_embeddings": self.decoder.rotary_emb(hidden, position_ids=places)}
+
+    def attention(self, layer: int) -> nn.Module:
+        return self.layers[layer].self_attn
+
+    def feed_forward(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        mlp = self.layers[layer].mlp
+        return mlp, mlp
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.head(self.decoder.norm(hidden))

@@ -7,6 +7,7 @@ prompt passes through the projection, the perceptual token does not (conventions
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -33,6 +34,12 @@ class OPTFamily:
         prefix_length: int,
     ) -> dict[str, Any]:  # fmt: skip
         return {}
+
+    def attention(self, layer: int) -> nn.Module:
+        return self.layers[layer].self_attn
+
+    def feed_forward(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        return self.layers[layer].fc1, self.layers[layer].fc2
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.decoder.final_layer_norm is not None:
