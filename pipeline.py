@@ -27,8 +27,9 @@ import click
 from epalm.errors import EpalmError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from epalm.config import Recipe
-    from epalm.store.feature_set import FeatureSet
     from epalm.train.parts import Parts
     from epalm.train.run import Run
 
@@ -166,6 +167,12 @@ def cache() -> None:
 set_argument = click.argument("target", metavar="SET", type=click.Path(path_type=Path))
 
 
+def sample_option(default: int, words: str) -> "Callable[[Any], Any]":
+    """How much of something to look at."""
+    count = click.IntRange(min=1)
+    return click.option("--sample", type=count, default=default, show_default=True, help=words)
+
+
 @cache.command("ls")
 @click.argument("root", default="features", type=click.Path(path_type=Path))
 def cache_ls(root: Path) -> None:
@@ -177,32 +184,37 @@ def cache_ls(root: Path) -> None:
 
 @cache.command("info")
 @set_argument
-def cache_info(target: Path) -> None:
+@set_option
+def cache_info(target: Path, overrides: tuple[str, ...]) -> None:
     """Print all that is known of a feature set, given its folder or a recipe."""
+    from epalm.extract.compare import feature_set
     from epalm.store.listing import page_of_set
 
-    click.echo(page_of_set(_feature_set(target)))
+    click.echo(page_of_set(feature_set(target, overrides)))
 
 
 @cache.command("verify")
 @set_argument
 @click.option("--deep", is_flag=True, help="Also encode a random sample again; SET is a recipe.")
-@click.option("--sample", default=16, show_default=True, help="Rows of each column to encode.")
+@sample_option(16, "Rows of each column to encode.")
 @set_option
 def cache_verify(target: Path, deep: bool, sample: int, overrides: tuple[str, ...]) -> None:
     """Compare every shard with its checksum."""
-    from tqdm import tqdm
-
+    from epalm.extract.compare import feature_set
     from epalm.store.maintenance import verify
 
     if deep and target.is_dir():
         raise EpalmError(f"{target}: --deep needs the recipe instead of the set, to find the media")
-    features = _feature_set(target, overrides)
-    problems = verify(features, lambda shards: tqdm(list(shards), "verify", unit="shard"))
+    features = feature_set(target, overrides)
+    problems = verify(features, _bar("verify"))
     if problems:
         lines = [f"  {p.column.folder.name}, shard {p.shard}: {p.what}" for p in problems]
-        raise EpalmError("\n".join([f"{features.folder}: {len(problems)} broken shards", *lines,
-                                    "run `cache repair` with the recipe"]))  # fmt: skip
+        raise EpalmError(
+            "\n".join(
+                [f"{features.folder}: {len(problems)} broken shards", *lines]
+                + ["run `cache repair` with the recipe"]
+            )
+        )
     shards = sum(len(column.markers) for column in features.columns)
     click.echo(f"{features.folder}: {shards} shards, all as they were written")
     if deep:
@@ -224,60 +236,70 @@ def cache_diff(one: Path, other: Path) -> None:
 @recipe_argument
 @set_option
 def cache_repair(recipe: Path, overrides: tuple[str, ...]) -> None:
-    """Drop the shards that are broken, and extract these again, in their places."""
-    from tqdm import tqdm
-
+    """Drop the broken shards of the recipe's columns, and make these again, in their places."""
     from epalm.config import load_recipe
+    from epalm.extract.columns import existing_columns
+    from epalm.extract.compare import set_of_recipe
     from epalm.store.maintenance import give_up, verify
 
-    features = _feature_set(recipe, overrides)
-    problems = verify(features, lambda shards: tqdm(list(shards), "verify", unit="shard"))
-    give_up(problems)
-    click.echo(f"{features.folder}: {len(problems)} broken shards")
-    if problems:
-        _extract(load_recipe(recipe, overrides))
+    loaded = load_recipe(recipe, overrides)
+    features = set_of_recipe(recipe, overrides)
+    ours = existing_columns(loaded, features)
+    problems = verify(features, _bar("verify"))
+    mended = [p for p in problems if p.column in ours]
+    give_up(mended)
+    click.echo(f"{features.folder}: {len(mended)} broken shards")
+    for name in sorted({p.column.folder.name for p in problems if p.column not in ours}):
+        click.echo(f"  {name} has broken shards too; repair it with a recipe that keeps it")
+    if mended:
+        _extract(loaded, planned_only=True)
 
 
 @cache.command("gc")
 @set_argument
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
-@click.option("--removed", is_flag=True, help="First forget media whose files are gone.")
-def cache_gc(target: Path, dry_run: bool, removed: bool) -> None:
+@click.option("--removed", is_flag=True, help="Also forget media whose files are gone.")
+@set_option
+def cache_gc(target: Path, dry_run: bool, removed: bool, overrides: tuple[str, ...]) -> None:
     """Delete what nothing in a feature set refers to any more."""
+    from epalm.extract.compare import feature_set
     from epalm.store.listing import words_for_bytes
-    from epalm.store.maintenance import collect, forget_removed, garbage
+    from epalm.store.maintenance import collect, garbage, removed_media
 
-    features = _feature_set(target)
-    if removed and not dry_run:
-        for dataset in features.datasets():
-            click.echo(f"{dataset}: {len(forget_removed(features, dataset))} media forgotten")
-    found = garbage(features) if dry_run else collect(features)
-    for path in found:
+    features = feature_set(target, overrides)
+    gone = {d: removed_media(features, d) for d in features.datasets()} if removed else {}
+    if dry_run:
+        found = [(path, path.stat().st_size) for path in garbage(features, gone)]
+    else:
+        found = collect(features, gone)
+    verb = "would be" if dry_run else "are"
+    for dataset, media in gone.items():
+        click.echo(f"{dataset}: {len(media)} media {verb} forgotten")
+    for path, _ in found:
         click.echo(f"  {path.relative_to(features.folder)}")
-    verb = "would be deleted" if dry_run else "deleted"
-    click.echo(f"{len(found)} files, {words_for_bytes(sum(found.values()))} {verb}")
+    size = words_for_bytes(sum(size for _, size in found))
+    click.echo(f"{len(found)} files, {size}, {verb} deleted")
 
 
 @cache.command("convert")
 @set_argument
 @click.option("--to", "backend", required=True, help="zarr or hdf5")
-def cache_convert(target: Path, backend: str) -> None:
-    """Move a feature set to another backend."""
-    from tqdm import tqdm
+@set_option
+def cache_convert(target: Path, backend: str, overrides: tuple[str, ...]) -> None:
+    """Move a feature set to another backend; no training may be reading it."""
+    from epalm.extract.compare import feature_set
+    from epalm.store.conversion import convert
 
-    from epalm.store.maintenance import convert
-
-    features = _feature_set(target)
+    features = feature_set(target, overrides)
     if features.layout.backend == backend:
         click.echo(f"{features.folder}: is {backend} already")
         return
-    done = convert(features, backend, lambda shards: tqdm(list(shards), "convert", unit="shard"))
-    click.echo(f"{done.folder}: {backend}")
+    click.echo(f"{convert(features, backend, _bar('convert')).folder}: {backend}")
 
 
 @cache.command("estimate")
 @recipe_argument
-@click.option("--sample", default=32, show_default=True, help="Media to measure the rate on.")
+@sample_option(32, "Media to measure the rate on.")
 @set_option
 def cache_estimate(recipe: Path, sample: int, overrides: tuple[str, ...]) -> None:
     """Say what an extraction would add, and how long it would take."""
@@ -295,16 +317,15 @@ def cache_estimate(recipe: Path, sample: int, overrides: tuple[str, ...]) -> Non
         return
     click.echo(
         f"{words_for_bytes(found.bytes)} into {found.folder}; about {found.seconds / 60:.1f} min "
-        f"at {found.rate:.1f} rows/s, measured here"
+        f"at {found.rate:.1f} rows/s, measured here on view 0"
     )
 
 
-def _feature_set(target: Path, overrides: tuple[str, ...] = ()) -> "FeatureSet":
-    """The set in a folder, or the one that a recipe names."""
-    from epalm.extract.compare import set_of_recipe
-    from epalm.store.feature_set import open_set
+def _bar(label: str) -> "Callable[[Iterable[Any]], Iterable[Any]]":
+    """Shows a bar over shards."""
+    from tqdm import tqdm
 
-    return open_set(target) if target.is_dir() else set_of_recipe(target, overrides)
+    return lambda shards: tqdm(list(shards), label, unit="shard")
 
 
 def _verify_deep(recipe: Path, overrides: tuple[str, ...], sample: int) -> None:
@@ -329,11 +350,11 @@ def _verify_deep(recipe: Path, overrides: tuple[str, ...], sample: int) -> None:
         )
 
 
-def _extract(recipe: "Recipe", retry_failed: bool = False) -> None:
+def _extract(recipe: "Recipe", retry_failed: bool = False, planned_only: bool = False) -> None:
     from epalm.data import load_dataset
     from epalm.extract.loop import extract as encode
 
-    report = encode(recipe, load_dataset(recipe), retry_failed)
+    report = encode(recipe, load_dataset(recipe), retry_failed, planned_only)
     features = report.features
     if report.removed:
         click.echo(

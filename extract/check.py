@@ -3,7 +3,7 @@
 import os
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 
 from epalm.config import Recipe
 from epalm.data.example import Dataset, Media
+from epalm.data.grouping import chunks
 from epalm.device import choose_device
 from epalm.errors import EpalmError
-from epalm.extract.columns import column_specs, view_columns
+from epalm.extract.columns import column_specs, existing_columns
 from epalm.extract.encoder import ENCODERS, Encoder, build, describe
 from epalm.extract.lookup import needed_views
 from epalm.extract.views import view_seed
 from epalm.extract.workers import DecodePool, Task, prepare_workers
 from epalm.store.column import Column, Row
-from epalm.store.feature_set import FeatureSet, find, folder_name, open_set
+from epalm.store.feature_set import CatalogueEntry, FeatureSet, find, folder_name, open_set
 
 NOISE_STEPS = 4
 """Steps of the stored or computed number format that two batches may differ by."""
@@ -45,18 +46,17 @@ class Comparison:
 
 
 def verify_deep(recipe: Recipe, dataset: Dataset, sample: int) -> list[Comparison]:
-    """Encode a random sample of each of the recipe's columns again.
+    """Encode a random sample of each of the recipe's columns again; another one at each call.
 
     Raises:
         EpalmError: no feature set of this recipe, or none of its media files is here unchanged.
     """
     features = find(Path(recipe.store.root), describe(recipe), recipe.encoder.weights)
     media_of = _media_by_hash(features, dataset)
-    draw = random.Random(recipe.seed)
+    draw = random.SystemRandom()
     found = []
     with _Small(recipe) as encode:
-        columns = dict.fromkeys(c for _, some in view_columns(recipe, features) for c in some)
-        for column in columns:
+        for column in existing_columns(recipe, features):
             known = [
                 row
                 for marker in column.markers.values()
@@ -118,37 +118,40 @@ def estimate(recipe: Recipe, dataset: Dataset, sample: int) -> Estimate:
     known = features.catalogue(dataset.name).media if features else {}
     rows: dict[str, int] = {}
     row_bytes: dict[str, int] = {}
-    item = np.dtype(spec.dtype).itemsize
     views = needed_views(dataset, recipe.encoder.views.count)
     for number, wanted in enumerate(column_specs(recipe, spec)):
         columns, missing = features.covering(wanted) if features else ([], wanted.layers)
         every = [(m, v) for m, some in views.items() for v in some if bool(v) == bool(number)]
-        here = 0
-        if not missing:
-            here = sum(
-                m in known and all(Row(known[m].content_hash, v) in column for column in columns)
-                for m, v in every
-            )
-        rows[wanted.name] = len(every) - here
-        row_bytes[wanted.name] = len(wanted.layers) * wanted.token_count * spec.dim * item
+        new = replace(wanted, layers=missing) if missing else None
+        for kept, column in [*((c.column, c) for c in columns), *([(new, None)] if new else [])]:
+            done = sum(_is_done(column, known.get(m), v) for m, v in every) if column else 0
+            rows[kept.name] = len(every) - done
+            size = np.dtype(spec.dtype).itemsize
+            row_bytes[kept.name] = len(kept.layers) * kept.token_count * spec.dim * size
     rate = _rate(recipe, dataset, sample) if any(rows.values()) else None
     return Estimate(folder, rows, row_bytes, rate)
 
 
+def _is_done(column: Column, entry: CatalogueEntry | None, view: int) -> bool:
+    """The row is there, or was tried and failed."""
+    if entry is None:
+        return False
+    row = Row(entry.content_hash, view)
+    return row in column or row in column.failures
+
+
 def _rate(recipe: Recipe, dataset: Dataset, sample: int) -> float:
-    tasks = []
-    for media in list(dataset.media.values())[:sample]:
-        if media.path.is_file():
-            tasks.append(Task.of_file(media.path))
-    if not tasks:
-        raise EpalmError(f"data: none of the first {sample} media files can be read")
+    """Rows a second, of view 0 of the first media that can be used."""
+    tasks = [Task.of_file(m.path) for m in dataset.media.values() if m.path.is_file()][:sample]
     layers = recipe.encoder.layers
+    chosen = layers if layers is not None else tuple(range(describe(recipe).layers))
     with _Small(recipe) as encode:
-        chosen = layers if layers is not None else tuple(range(describe(recipe).layers))
         encode.tasks(tasks[: recipe.encoder.batch_size], chosen)  # the first one loads and warms up
         start = time.perf_counter()
-        encode.tasks(tasks, chosen)
-        return len(tasks) / (time.perf_counter() - start)
+        count = len(encode.tasks(tasks, chosen))
+        if not count:
+            raise EpalmError(f"data: none of the first {sample} media files can be decoded")
+        return count / (time.perf_counter() - start)
 
 
 class _Small:
@@ -172,19 +175,22 @@ class _Small:
     def __call__(
         self, column: Column, rows: list[Row], media_of: dict[str, Media]
     ) -> NDArray[np.float32]:
+        """Fresh features of these rows of a column."""
         tasks = [Task(media_of[h].path, h, view_seed(self.seed, h, view)) for h, view in rows]
-        return self.tasks(tasks, column.column.layers)
+        found = self.tasks(tasks, column.column.layers)
+        if len(found) < len(rows):
+            raise EpalmError(f"{column.folder}: media that were encoded cannot be decoded any more")
+        return found
 
     def tasks(self, tasks: list[Task], layers: tuple[int, ...]) -> NDArray[np.float32]:
+        """Features of those that can be decoded."""
         found = []
-        for begin in range(0, len(tasks), self.batch_size):
-            some = tasks[begin : begin + self.batch_size]
+        for some in chunks(tasks, self.batch_size):
             batch = self.pool.submit(some)
-            for task, future in zip(some, batch.outcomes, strict=True):
-                if (error := future.result().error) is not None:
-                    raise EpalmError(f"{task.path}: {': '.join(error)}")
-            found.append(self.encoder.encode(batch.inputs, layers).numpy())
-        return np.concatenate(found)
+            good = [i for i, f in enumerate(batch.outcomes) if f.result().error is None]
+            if good:
+                found.append(self.encoder.encode(batch.inputs[good], layers).numpy())
+        return np.concatenate(found) if found else np.empty((0, len(layers)), np.float32)
 
 
 def _media_by_hash(features: FeatureSet, dataset: Dataset) -> dict[str, Media]:

@@ -28,6 +28,12 @@ def column_specs(recipe: Recipe, spec: FeatureSpec) -> list[ColumnSpec]:
     return [plain, ColumnSpec(encoder.tokens, count, layers, augmented)]
 
 
+def existing_columns(recipe: Recipe, features: FeatureSet) -> list[Column]:
+    """The columns there are that the recipe reads; nothing is made."""
+    wanted = column_specs(recipe, features.spec)
+    return list(dict.fromkeys(c for spec in wanted for c in features.covering(spec)[0]))
+
+
 def view_columns(recipe: Recipe, features: FeatureSet) -> list[tuple[int, list[Column]]]:
     """The columns to fill, view by view from 0, made where they are not there yet."""
     plain, *augmented = (

@@ -3,10 +3,26 @@
 from pathlib import Path
 
 from epalm.config import load_recipe
+from epalm.errors import EpalmError
 from epalm.extract.columns import column_specs
 from epalm.extract.encoder import describe
 from epalm.store.feature_set import FeatureSet, find, open_set
 from epalm.store.spec import ColumnSpec, FeatureSpec
+
+
+def feature_set(target: Path, overrides: tuple[str, ...] = ()) -> FeatureSet:
+    """The set in a folder, or the one that a recipe names.
+
+    Raises:
+        EpalmError: neither, or overrides of a folder.
+    """
+    if target.is_dir():
+        if overrides:
+            raise EpalmError(f"--set {overrides[0]}: {target} is a feature set, not a recipe")
+        return open_set(target)
+    if not target.exists():
+        raise EpalmError(f"{target}: neither a feature set's folder nor a recipe")
+    return set_of_recipe(target, overrides)
 
 
 def set_of_recipe(path: Path, overrides: tuple[str, ...] = ()) -> FeatureSet:

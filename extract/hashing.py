@@ -2,17 +2,21 @@
 
 import errno
 import hashlib
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from stat import S_ISREG
 
 from tqdm import tqdm
 
 from epalm.data.example import Dataset, Media
 from epalm.data.grouping import chunks
+from epalm.errors import EpalmError
 from epalm.store.column import Failure
 from epalm.store.feature_set import Catalogue, CatalogueEntry, FeatureSet
 
-HASH_PIECE = 4096  # media hashed between two saves of the catalogue
+HASH_PIECE = 256  # media given to the threads at a time
+SAVE_SECONDS = 30.0  # between two saves of what is hashed so far
 
 
 def hash_media(dataset: Dataset, features: FeatureSet) -> Catalogue:
@@ -22,9 +26,14 @@ def hash_media(dataset: Dataset, features: FeatureSet) -> Catalogue:
 
     Returns:
         The dataset's media that could be read, and those that could not.
+
+    Raises:
+        EpalmError: another dataset has this name.
     """
     before = features.catalogue(dataset.name)
-    found = Catalogue(str(dataset.root))
+    found = Catalogue(str(dataset.root.resolve()))
+    _check_name(dataset, before, found)
+    saved = time.monotonic()
     everything = list(dataset.media.values())
     with (
         ThreadPoolExecutor(4, thread_name_prefix="hash") as pool,
@@ -39,9 +48,12 @@ def hash_media(dataset: Dataset, features: FeatureSet) -> Catalogue:
                     reason = f"cannot be read: {result.strerror}"
                     failure = Failure(media.id, reason, type(result).__name__)
                     found.unreadable[media.id] = failure
-            if _is_news(found, before):  # else nothing is written: the store may be read-only
+            if time.monotonic() - saved > SAVE_SECONDS:
                 features.add_to_catalogue(dataset.name, found)
+                saved = time.monotonic()
             bar.update(len(piece))
+    if _is_news(found, before):  # else nothing is written: the store may be read-only
+        features.add_to_catalogue(dataset.name, found)
     return found
 
 
@@ -66,8 +78,18 @@ def _look(media: Media, known: CatalogueEntry | None) -> CatalogueEntry | OSErro
 
 
 def _is_news(found: Catalogue, before: Catalogue) -> bool:
+    moved = found.root != before.root and not Path(before.root).is_dir()
     return (
-        found.root != before.root
+        moved
         or not found.media.items() <= before.media.items()
         or not found.unreadable.items() <= before.unreadable.items()
     )
+
+
+def _check_name(dataset: Dataset, before: Catalogue, found: Catalogue) -> None:
+    """Two datasets must not share a name; one whose folder was moved keeps its own."""
+    if before.root and before.root != found.root and Path(before.root).is_dir():
+        raise EpalmError(
+            f"data.name: {dataset.name!r} already stands for the media in {before.root}; give the "
+            "dataset another name"
+        )

@@ -30,7 +30,9 @@ from epalm.store.stage import Stage
 POLL_SECONDS = 0.5  # between looks at shards that other processes are making
 
 
-def extract(recipe: Recipe, dataset: Dataset, retry_failed: bool = False) -> Report:
+def extract(
+    recipe: Recipe, dataset: Dataset, retry_failed: bool = False, planned_only: bool = False
+) -> Report:
     """Encode every media of the dataset that its feature set does not hold yet.
 
     Safe to interrupt and to repeat: whole shards stay, the rest is done at the next call.
@@ -39,6 +41,7 @@ def extract(recipe: Recipe, dataset: Dataset, retry_failed: bool = False) -> Rep
         recipe: what to make.
         dataset: whose media.
         retry_failed: try media again that stand in the failure ledger.
+        planned_only: make only shards that are planned already: those given up by a repair.
 
     Raises:
         EpalmError: weights that cannot be used, or bad media. These are written to the set's
@@ -63,7 +66,10 @@ def extract(recipe: Recipe, dataset: Dataset, retry_failed: bool = False) -> Rep
         writer = ColumnWriter(column)
         _mend(writer)
         report.found += sum(row in column for row in rows)
-        if not retry_failed:
+        if planned_only:
+            planned = writer.planned()
+            rows = [row for row in rows if row in planned]
+        elif not retry_failed:
             rows = [row for row in rows if row not in column.failures]
         if pending := writer.plan(rows):
             todo.append(_Todo(writer, rows, pending))
@@ -79,6 +85,7 @@ def extract(recipe: Recipe, dataset: Dataset, retry_failed: bool = False) -> Rep
         if report.encoded:  # else nothing had to be written, and the store may be read-only
             raise
     _collect_failures(report, entries, wanted)
+    _find_absent(report, dataset, recipe, features)
     if report.failed and recipe.data.bad_media == "stop":
         raise EpalmError(bad_media_message(report.failed, features))
     return report
@@ -88,7 +95,7 @@ def _mend(writer: ColumnWriter) -> None:
     """Truncated or missing shards are made again, in their places."""
     if damaged := writer.column.damaged:
         tqdm.write(f"{writer.column.folder}: {len(damaged)} damaged shards are made again")
-        writer.plan_again(damaged)
+        writer.plan_again(marker.shard for marker in damaged)
 
 
 def _collect_failures(
@@ -105,6 +112,17 @@ def _collect_failures(
     for media, entry in entries.items():
         if entry.content_hash in reasons:
             report.failed[media] = reasons[entry.content_hash]
+
+
+def _find_absent(report: Report, dataset: Dataset, recipe: Recipe, features: FeatureSet) -> None:
+    """Media whose files are not here, but whose features are, are found and have not failed."""
+    known = features.catalogue(dataset.name).media
+    plain = view_columns(recipe, features)[0][1]
+    for media in list(report.failed):
+        row = Row(known[media].content_hash, 0) if media in known else None
+        if row is not None and all(row in column for column in plain):
+            del report.failed[media]
+            report.found += 1
 
 
 def _wanted_rows(

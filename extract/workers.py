@@ -141,6 +141,9 @@ class _Worker:
 
     def decode(self, task: Task, slot: int) -> Outcome:
         try:
+            if self._ready and not self._process.is_alive():  # killed while it had nothing to do
+                self._kill()
+                self._start()
             if not self._ready:
                 self._wait_until_ready()
             self._connection.send((task, slot))
@@ -220,14 +223,22 @@ def _attempt(preprocess: Preprocess, task: Task, slot: NDArray[np.float32]) -> O
     read = start
     error = None
     try:
-        content = task.path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != task.content_hash:
-            raise ChangedFile(f"{task.path}: changed while it was extracted")
+        content = _read(task)
         read = time.perf_counter()
         slot[...] = preprocess(content, task.seed).numpy()
     except Exception as problem:  # whatever a broken file does to its decoder
         error = describe_error(problem)
     return Outcome(error, read - start, time.perf_counter() - read)
+
+
+def _read(task: Task) -> bytes:
+    try:
+        content = task.path.read_bytes()
+    except OSError as error:  # it could be read when it was hashed
+        raise ChangedFile(f"{task.path}: cannot be read any more ({error.strerror})") from None
+    if hashlib.sha256(content).hexdigest() != task.content_hash:
+        raise ChangedFile(f"{task.path}: changed while it was extracted")
+    return content
 
 
 class ChangedFile(Exception):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 
 @contextmanager
@@ -36,10 +36,13 @@ def write_atomic(path: Path, content: bytes | memoryview | str) -> None:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock, waiting for it; the system ends it when the process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if _is_still(stream, path):  # else the folder was replaced while we waited
+                yield
+                return
 
 
 def claim(path: Path) -> BinaryIO | None:
@@ -49,14 +52,14 @@ def claim(path: Path) -> BinaryIO | None:
     that dies, so that a stale claim cannot be.
     """
     try:
-        stream = path.open("rb")
+        stream = path.open("rb+")  # network file systems lock only what is open for writing
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(stream.fileno()), path.stat()):
+        if _is_still(stream, path):
             return stream
-    except (BlockingIOError, FileNotFoundError):
+    except BlockingIOError:
         pass
     stream.close()
     return None
@@ -75,3 +78,11 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return found
+
+
+def _is_still(stream: IO[Any], path: Path) -> bool:
+    """The open file is the one that has this path now."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -44,8 +44,12 @@ class ShardBackend(Protocol):
         """The block, memory-mapped and read-only: (rows, layers, tokens, D)."""
         ...
 
+    def valid(self, shard: int, rows: int) -> NDArray[np.bool_]:
+        """What other readers are told: which rows (n,) hold features."""
+        ...
+
     def files(self, shard: int) -> list[Path]:
-        """The files there are that belong to a block; without them it is gone."""
+        """The files there are that belong to a block, in the order in which to delete them."""
         ...
 
     def shards(self) -> set[int]:
@@ -59,11 +63,16 @@ BACKENDS = {
 }
 
 
+def check_backend(name: str) -> None:
+    """EpalmError when there is no such backend."""
+    if name not in BACKENDS:
+        raise EpalmError(f"store.backend: {name!r} is not one of {', '.join(BACKENDS)}")
+
+
 def open_backend(
     name: str, folder: Path, row_shape: tuple[int, ...], dtype: str, shard_rows: int
 ) -> ShardBackend:
     """The backend called `name`; EpalmError when there is none."""
-    if name not in BACKENDS:
-        raise EpalmError(f"store.backend: {name!r} is not one of {', '.join(BACKENDS)}")
+    check_backend(name)
     module, cls = BACKENDS[name].split(":")
     return getattr(importlib.import_module(module), cls)(folder, row_shape, dtype, shard_rows)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ from numpy.typing import NDArray
 PIECE = 2**21
 """Bytes after which the disk is set to work: a huge page, so that the file is mapped in such."""
 
-BESIDE = ThreadPoolExecutor(max_workers=2, thread_name_prefix="store")
-"""What is done while rows are written; all of it releases the interpreter lock."""
+MOST_FILES = 65_536
 
 
 def checksum(rows: NDArray[np.generic]) -> str:
@@ -28,8 +28,8 @@ def write_rows(path: Path, offset: int, rows: NDArray[np.generic], size: int) ->
     which is reckoned meanwhile.
     """
     content = as_bytes(rows)
-    digest = BESIDE.submit(hashlib.sha256, content)
-    with path.open("rb+", buffering=0) as stream:
+    with ThreadPoolExecutor(1) as beside, path.open("rb+", buffering=0) as stream:
+        digest = beside.submit(hashlib.sha256, content)
         if os.fstat(stream.fileno()).st_size != size:
             stream.truncate(size)  # first: afterwards it would wait for the disk
         stream.seek(offset)
@@ -38,7 +38,15 @@ def write_rows(path: Path, offset: int, rows: NDArray[np.generic], size: int) ->
             _begin_writeback(stream.fileno(), offset, written)
             content, offset = content[written:], offset + written
         os.fsync(stream.fileno())
-    return digest.result().hexdigest()
+        return digest.result().hexdigest()
+
+
+def allow_many_files() -> None:
+    """Raise this process's limit on open files as far as it may: a mapped block holds one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _begin_writeback(descriptor: int, begin: int, length: int) -> None:

@@ -14,8 +14,9 @@ A shard is planned before it is encoded: whoever redoes it after an interruption
 media in the same order, and so makes the same bytes.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from pathlib import Path
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from epalm.errors import EpalmError
 from epalm.store.atomic import claim, locked, write_atomic
 from epalm.store.backend import ShardBackend, open_backend
-from epalm.store.blocks import checksum
+from epalm.store.blocks import allow_many_files, checksum
 from epalm.store.spec import ColumnSpec, FeatureSpec
 from epalm.store.window import Window
 
@@ -62,16 +63,35 @@ class Plan:
 
 @dataclass(frozen=True)
 class Marker(Plan):
-    """A shard that is there."""
+    """A shard that is there.
+
+    Attributes:
+        dtype: its number format.
+        sha256: of its rows' bytes.
+        failed: by content hash, why a row holds nothing.
+    """
 
     dtype: str
     sha256: str
     failed: dict[str, Failure] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path) -> "Marker":
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**tree, "failed": {h: Failure(*f) for h, f in tree["failed"].items()}})
+    def read(cls, path: Path) -> "Marker | None":
+        """The marker in a file; None when it is not as it was written."""
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            seal = tree.pop("seal")
+            marker = cls(**{**tree, "failed": {h: Failure(*f) for h, f in tree["failed"].items()}})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None
+        return marker if marker._seal() == seal else None
+
+    def write(self, path: Path) -> None:
+        write_atomic(path, json.dumps({**vars(self), "seal": self._seal()}))
+
+    def _seal(self) -> str:
+        """SHA-256 of what the marker says."""
+        return hashlib.sha256(json.dumps(vars(self)).encode()).hexdigest()
 
 
 class Column:
@@ -86,6 +106,7 @@ class Column:
     def __init__(self, folder: Path, spec: FeatureSpec, column: ColumnSpec, backend: str,
                  shard_rows: int):  # fmt: skip
         self.folder, self.spec, self.column, self.shard_rows = folder, spec, column, shard_rows
+        self.backend_name = backend
         self.row_shape = (len(column.layers), column.token_count, spec.dim)
         self.backend: ShardBackend = open_backend(
             backend, folder, self.row_shape, spec.dtype, shard_rows
@@ -103,6 +124,8 @@ class Column:
         self._blocks: dict[int, NDArray[np.generic]] = {}
         for path in sorted((self.folder / "markers").glob("*.json")):
             marker = Marker.read(path)
+            if marker is None:
+                continue  # as if it were not there: its media are extracted again
             if self.backend.is_whole(marker.shard, len(marker.hashes), marker.dtype):
                 self._index(marker)
             else:
@@ -133,7 +156,7 @@ class Column:
 
         Args:
             rows: (n,) from `rows`.
-            layers: a slice of `column.layers`.
+            layers: a slice of `column.layers`, with step 1.
             out: where to put them; default: a new array.
 
         Returns:
@@ -179,7 +202,9 @@ class Column:
                     f"{self.folder}: shard {shard} does not have the checksum it was written with; "
                     "run `cache repair` with this recipe"
                 )
-            self._blocks[shard] = np.asarray(block)  # a plain array is read faster than a memmap
+            allow_many_files()
+            # a plain array is read faster than a memmap; a foreign writer's may be misaligned
+            self._blocks[shard] = np.require(np.asarray(block), requirements=["C", "A"])
         return self._blocks[shard]
 
     def _index(self, marker: Marker) -> None:
@@ -231,19 +256,22 @@ class ColumnWriter:
         if all(row in column for row in wanted):
             return {}  # a read-only store is not even locked
         with locked(column.folder / ".plans.lock"):
+            # plans first: a shard that is made meanwhile is then in one of both
+            plans = self._plans()
+            self._check_backend()
             column.refresh()
             missing = dict.fromkeys(row for row in wanted if row not in column)
             pending: dict[int, int] = {}
-            for path in sorted((column.folder / "plans").glob("[0-9]*.json")):
-                rows = _read_plan(path)
-                if not rows or self.is_made(int(path.stem)):
+            for number, rows in plans.items():
+                path = column._plan_path(number)
+                if not rows or number in column.markers:
                     _drop_if_idle(path)  # cut by a power failure, or killed before the clean-up
                     continue
                 if not missing.keys() & rows:
                     continue
                 if not missing.keys() >= set(rows) and _drop_if_idle(path):
                     continue  # its other media are not this dataset's: planned anew
-                pending[int(path.stem)] = len(rows)
+                pending[number] = len(rows)
                 for row in rows:
                     missing.pop(row, None)
             free = self._free_numbers()
@@ -252,7 +280,7 @@ class ColumnWriter:
                 for begin in range(0, len(hashes), column.shard_rows):
                     number = next(free)
                     plan = Plan(number, view, hashes[begin : begin + column.shard_rows])
-                    write_atomic(column._plan_path(number), json.dumps(vars(plan)))
+                    self._write_plan(plan)
                     pending[number] = len(plan.hashes)
             if pending:
                 column.backend.reserve(max(pending) + 1)
@@ -297,27 +325,57 @@ class ColumnWriter:
         valid = np.array([h not in failed for h in plan.hashes])
         sha256 = column.backend.write(plan.shard, rows.astype(dtype, copy=False), valid)
         marker = Marker(plan.shard, plan.view, plan.hashes, dtype, sha256, failed)
-        write_atomic(column._marker_path(plan.shard), json.dumps(vars(marker)))
+        marker.write(column._marker_path(plan.shard))
         column._plan_path(plan.shard).unlink(missing_ok=True)
         column._index(marker)
         return marker
 
-    def plan_again(self, markers: Sequence[Marker]) -> None:
-        """Give up shards, so that the same media are encoded into the same places again."""
-        for marker in markers:
-            plan = Plan(marker.shard, marker.view, marker.hashes)
-            write_atomic(self.column._plan_path(plan.shard), json.dumps(vars(plan)))
-            self.column._marker_path(plan.shard).unlink(missing_ok=True)
-        self.column.refresh()
+    def plan_again(self, shards: Iterable[int]) -> None:
+        """Give up broken shards, so that the same media are encoded into the same places again.
+
+        A shard that another process has mended, or is mending, is left alone.
+        """
+        column = self.column
+        with locked(column.folder / ".plans.lock"):
+            column.refresh()
+            known = {m.shard: m for m in [*column.markers.values(), *column.damaged]}
+            for shard in shards:
+                marker = known.get(shard)
+                if marker is None or column._plan_path(shard).is_file():
+                    continue
+                if shard in column.markers and column.is_intact(shard):
+                    continue
+                self._write_plan(Plan(shard, marker.view, marker.hashes))
+                column._marker_path(shard).unlink()
+            column.refresh()
+
+    def _check_backend(self) -> None:
+        """EpalmError when the set was converted since it was opened."""
+        layout = json.loads((self.column.folder.parent / "layout.json").read_text(encoding="utf-8"))
+        if layout["backend"] != self.column.backend_name:
+            raise EpalmError(
+                f"{self.column.folder.parent}: was converted to {layout['backend']} meanwhile; run "
+                "the same command again"
+            )
+
+    def planned(self) -> set[Row]:
+        """Rows that stand in plans."""
+        return {row for rows in self._plans().values() for row in rows}
+
+    def _plans(self) -> dict[int, list[Row]]:
+        paths = sorted((self.column.folder / "plans").glob("[0-9]*.json"))
+        return {int(path.stem): _read_plan(path) for path in paths}
+
+    def _write_plan(self, plan: Plan) -> None:
+        write_atomic(self.column._plan_path(plan.shard), json.dumps(vars(plan)))
 
     def _free_numbers(self) -> Iterator[int]:
         """Shard numbers that no marker and no plan has, ascending.
 
         The number of a lost marker is used again, so that the same media get the same place.
         """
-        folder = self.column.folder
-        taken = {int(p.stem) for kind in ("markers", "plans")
-                 for p in (folder / kind).glob("[0-9]*.json")}  # fmt: skip
+        column = self.column
+        taken = {*self._plans(), *column.markers, *(m.shard for m in column.damaged)}
         return (number for number in count() if number not in taken)
 
 
@@ -325,7 +383,7 @@ def _read_plan(path: Path) -> list[Row]:
     """The rows of a plan; none when the file is cut short."""
     try:
         return Plan(**json.loads(path.read_text(encoding="utf-8"))).rows
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, FileNotFoundError):
         return []
 
 

@@ -13,16 +13,20 @@ More media, views, layers or tokens are more shards or columns; what is there is
 """
 
 import json
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 from epalm.errors import EpalmError
 from epalm.store.atomic import locked, read_json_lines, write_atomic
+from epalm.store.backend import check_backend
 from epalm.store.column import Column, Failure
 from epalm.store.spec import ColumnSpec, FeatureSpec
 from epalm.store.stage import Stage
+
+OLD = ".converted-"
+"""Before the name of a set that a conversion has replaced, until it is deleted."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,18 @@ class FeatureSet:
     def __init__(self, folder: Path, spec: FeatureSpec, layout: Layout):
         self.folder, self.spec, self.layout = folder, spec, layout
         self.columns: list[Column] = []
-        self._find_columns()
+        self.find_columns()
 
     @classmethod
     def create(cls, root: Path, spec: FeatureSpec, layout: Layout) -> "FeatureSet":
-        """Open the set that this spec names, made when it is not there yet."""
+        """Open the set that this spec names, made when it is not there yet.
+
+        Raises:
+            EpalmError: there is no such backend, or the folder holds something else.
+        """
+        check_backend(layout.backend)
         folder = root / folder_name(spec)
+        finish_conversion(folder)
         if not (folder / "layout.json").is_file():
             with locked(folder / ".lock"):
                 if not (folder / "layout.json").is_file():
@@ -104,12 +114,12 @@ class FeatureSet:
         if not missing:
             return chosen
         with locked(self.folder / ".lock"):
-            self._find_columns()  # another process may have made some
+            self.find_columns()  # another process may have made some
             chosen, missing = self.covering(wanted)
             if missing:
                 new = ColumnSpec(wanted.tokens, wanted.token_count, missing, wanted.augmentation)
                 write_atomic(self.folder / new.name / "column.json", new.canonical())
-                self._find_columns()
+                self.find_columns()
                 chosen, _ = self.covering(wanted)
         return chosen
 
@@ -118,14 +128,20 @@ class FeatureSet:
         path = self._catalogue_path(dataset)
         if not path.is_file():
             return Catalogue()
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        media = {key: CatalogueEntry(*entry) for key, entry in tree["media"].items()}
-        unreadable = {key: Failure(*entry) for key, entry in tree["unreadable"].items()}
-        return Catalogue(tree["root"], media, unreadable)
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            media = {key: CatalogueEntry(*entry) for key, entry in tree["media"].items()}
+            unreadable = {key: Failure(*entry) for key, entry in tree["unreadable"].items()}
+            return Catalogue(tree["root"], media, unreadable)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise EpalmError(
+                f"{path}: not a readable catalogue; delete it and run `extract`, which hashes the "
+                "media again and finds their features"
+            ) from None
 
     def datasets(self) -> list[str]:
         """Names of the catalogues there are."""
-        return [path.stem for path in sorted((self.folder / "catalogue").glob("*.json"))]
+        return [unquote(p.stem) for p in sorted((self.folder / "catalogue").glob("*.json"))]
 
     def add_to_catalogue(self, dataset: str, found: Catalogue) -> None:
         """Merge what an extraction found about media into the dataset's catalogue."""
@@ -138,13 +154,16 @@ class FeatureSet:
 
     def write_catalogue(self, dataset: str, catalogue: Catalogue) -> None:
         """Replace a dataset's catalogue."""
-        text = json.dumps(asdict(catalogue), sort_keys=True, indent=0)
+        text = json.dumps(vars(catalogue), sort_keys=True, indent=0)
         write_atomic(self._catalogue_path(dataset), text)
 
     def last_extraction(self) -> Stage | None:
         """What the last extraction into this set took."""
-        path = self.folder / "extraction.json"
-        return Stage(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        try:
+            text = (self.folder / "extraction.json").read_text(encoding="utf-8")
+            return Stage(**json.loads(text))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
 
     def record_extraction(self, stage: Stage) -> None:
         """Note what an extraction took, and draw up the ledger."""
@@ -166,8 +185,12 @@ class FeatureSet:
 
     def _failures(self) -> list[dict[str, Any]]:
         lines: list[dict[str, Any]] = []
+        catalogues = [self.catalogue(dataset) for dataset in self.datasets()]
+        known = {entry.content_hash for c in catalogues for entry in c.media.values()}
         for column in self.columns:
             for row, failure in sorted(column.failures.items()):
+                if row.content_hash not in known:  # the file was mended since
+                    continue
                 lines.append({"hash": row.content_hash, "view": row.view,
                               "column": column.folder.name, **failure._asdict()})  # fmt: skip
         for dataset in self.datasets():
@@ -175,7 +198,8 @@ class FeatureSet:
                 lines.append({"hash": "", "dataset": dataset, **failure._asdict()})
         return lines
 
-    def _find_columns(self) -> None:
+    def find_columns(self) -> None:
+        """Open columns that were made since."""
         known = {column.folder for column in self.columns}
         for path in sorted(self.folder.glob("*/column.json")):
             if path.parent not in known:
@@ -187,12 +211,13 @@ class FeatureSet:
             column = ColumnSpec.from_json((folder / "column.json").read_text(encoding="utf-8"))
             return Column(folder, self.spec, column, self.layout.backend, self.layout.shard_rows)
         except (ValueError, TypeError, KeyError) as error:
-            raise EpalmError(f"{folder}: not a readable column ({error!r}); delete it and extract "
-                             "again") from None  # fmt: skip
+            raise EpalmError(
+                f"{folder}: its column.json is not readable ({error!r}); write it anew after that "
+                "of a column like it, or move the folder away"
+            ) from None
 
     def _catalogue_path(self, dataset: str) -> Path:
-        safe = re.sub(r"[^\w.-]", "_", dataset)
-        return self.folder / "catalogue" / f"{safe}.json"
+        return self.folder / "catalogue" / f"{quote(dataset, safe='')}.json"
 
 
 def find(root: Path, spec: FeatureSpec, weights_address: str) -> FeatureSet:
@@ -215,6 +240,8 @@ def find(root: Path, spec: FeatureSpec, weights_address: str) -> FeatureSet:
         return fitting[0]
     if fitting:
         names = ", ".join(s.folder.name for s in fitting)
+        if spec.weights:
+            raise EpalmError(f"{root}: {names} are copies of one feature set; keep one of them")
         raise EpalmError(
             f"{root}: {names} differ only in the encoder's weights, which are not at hand; "
             "provide the weights, or keep one of them"
@@ -231,6 +258,8 @@ def find(root: Path, spec: FeatureSpec, weights_address: str) -> FeatureSet:
 
 def specs(root: Path) -> dict[Path, FeatureSpec]:
     """Folders of the sets in `root` whose spec this version can read."""
+    for moved in root.glob(f"{OLD}*/spec.json"):
+        finish_conversion(moved.parent.with_name(moved.parent.name.removeprefix(OLD)))
     # folders whose name begins with a dot are conversions under way
     folders = [path.parent for path in sorted(root.glob("[!.]*/spec.json"))]
     found = {folder: _read_spec(folder) for folder in folders}
@@ -239,17 +268,31 @@ def specs(root: Path) -> dict[Path, FeatureSpec]:
 
 def open_set(folder: Path) -> FeatureSet:
     """The set in a folder; EpalmError when it is none."""
+    finish_conversion(folder)
     spec = _read_spec(folder)
+    if spec is None:
+        inside = ", ".join(sorted(f.name for f in specs(folder))[:3])
+        hint = f"; the sets in it are {inside}" if inside else ""
+        raise EpalmError(f"{folder}: not a feature set, it has no readable spec.json{hint}")
+    path = folder / "layout.json"
     try:
-        layout = Layout(**json.loads((folder / "layout.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        layout = None
-    if spec is None or layout is None:
+        layout = Layout(**json.loads(path.read_text(encoding="utf-8")))
+        if not isinstance(layout.shard_rows, int) or layout.shard_rows < 1:
+            raise ValueError(f"shard_rows: {layout.shard_rows!r}")
+        check_backend(layout.backend)
+    except (OSError, ValueError, TypeError, EpalmError) as error:
         raise EpalmError(
-            f"{folder}: not a readable feature set (spec.json, layout.json); delete it and extract "
-            "again"
-        )
+            f"{path}: not readable ({error}); write it anew: backend, shard_rows and "
+            "weights_address, as in another feature set of this kind"
+        ) from None
     return FeatureSet(folder, spec, layout)
+
+
+def finish_conversion(folder: Path) -> None:
+    """Bring back a set whose conversion was interrupted while folders changed places."""
+    moved = folder.with_name(OLD + folder.name)
+    if moved.is_dir() and not folder.exists():
+        moved.rename(folder)
 
 
 def folder_name(spec: FeatureSpec) -> str:

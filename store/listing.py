@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+from epalm.errors import EpalmError
 from epalm.store.column import Column
 from epalm.store.feature_set import FeatureSet, open_set, specs
 
@@ -11,36 +12,42 @@ HEADER = ("set", "modality", "backend", "column", "rows", "failed", "shards", "s
 
 
 def table_of_sets(root: Path) -> str:
-    """One line per column of every feature set in a folder."""
+    """One line per column of every feature set in a folder, or of the set that the folder is.
+
+    Raises:
+        EpalmError: no such folder.
+    """
+    if not root.is_dir():
+        raise EpalmError(f"{root}: no such folder")
+    folders = [root] if (root / "spec.json").is_file() else list(specs(root))
     lines: list[tuple[str, ...]] = [HEADER]
-    for folder in specs(root):
-        features = open_set(folder)
+    bad: list[str] = []
+    for folder in folders:
+        try:
+            features = open_set(folder)
+        except EpalmError as error:
+            bad.append(f"unreadable: {error}")
+            continue
+        about = (folder.name, features.spec.modality, features.layout.backend)
         for column in features.columns:
+            rows, failed = f"{len(column):,}", f"{len(column.failures):,}"
+            size = words_for_bytes(_bytes(column))
             lines.append(
-                (
-                    folder.name,
-                    features.spec.modality,
-                    features.layout.backend,
-                    column.folder.name,
-                    f"{len(column):,}",
-                    f"{len(column.failures):,}",
-                    f"{len(column.markers):,}",
-                    words_for_bytes(_bytes(column)),
-                )
+                (*about, column.folder.name, rows, failed, f"{len(column.markers):,}", size)
             )
         if not features.columns:
-            empty = (features.spec.modality, features.layout.backend, "-", "0", "0", "0", "0 B")
-            lines.append((folder.name, *empty))
-    if len(lines) == 1:
+            lines.append((*about, "-", "0", "0", "0", "0 B"))
+    if len(lines) == 1 and not bad:
         return f"{root}: no feature sets"
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i < 4 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return "\n".join([*(_aligned(line, widths) for line in lines), *bad])
+
+
+def _aligned(line: tuple[str, ...], widths: list[int]) -> str:
+    """Words to the left, numbers to the right."""
+    words = [cell.ljust(width) for cell, width in zip(line[:4], widths[:4], strict=True)]
+    numbers = [cell.rjust(width) for cell, width in zip(line[4:], widths[4:], strict=True)]
+    return "  ".join([*words, *numbers])
 
 
 def page_of_set(features: FeatureSet) -> str:

@@ -1,20 +1,16 @@
-"""Looking after a feature set: verify it, tidy it up, move it to another backend."""
+"""Looking after a feature set: verify it, tidy it up."""
 
-import json
-import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from epalm.errors import EpalmError
-from epalm.store.atomic import claim, locked, write_atomic
-from epalm.store.backend import BACKENDS
+from epalm.store.atomic import claim, locked
 from epalm.store.column import Column, ColumnWriter
-from epalm.store.feature_set import Catalogue, FeatureSet, open_set
+from epalm.store.feature_set import Catalogue, FeatureSet
 
 T = TypeVar("T")
 Progress = Callable[[Iterable[T]], Iterable[T]]
@@ -30,7 +26,7 @@ class Problem(NamedTuple):
 
 
 def verify(features: FeatureSet, progress: Progress[tuple[Column, int]]) -> list[Problem]:
-    """Read every shard and compare its checksum."""
+    """Read every shard: its bytes, and what other readers are told of it."""
     problems = [
         Problem(column, marker.shard, "its file is truncated or gone")
         for column in features.columns
@@ -40,6 +36,8 @@ def verify(features: FeatureSet, progress: Progress[tuple[Column, int]]) -> list
     for column, shard in progress(shards):
         if not column.is_intact(shard):
             problems.append(Problem(column, shard, "its bytes are not those that were written"))
+        elif not _is_told_rightly(column, shard):
+            problems.append(Problem(column, shard, "`valid` or metadata is not as it was written"))
     return problems
 
 
@@ -49,98 +47,88 @@ def give_up(problems: Iterable[Problem]) -> None:
     for problem in problems:
         by_column.setdefault(problem.column, []).append(problem.shard)
     for column, shards in by_column.items():
-        known = [*column.markers.values(), *column.damaged]
-        ColumnWriter(column).plan_again([m for m in known if m.shard in shards])
+        ColumnWriter(column).plan_again(shards)
 
 
-def forget_removed(features: FeatureSet, dataset: str) -> list[str]:
-    """Strike media off a catalogue whose files are gone, where their folder is still there."""
-    with locked(features.folder / ".lock"):
-        known = features.catalogue(dataset)
-        if not Path(known.root).is_dir():
-            return []
-        gone = [m for m in known.media if not (Path(known.root) / m).exists()]
-        media = {m: entry for m, entry in known.media.items() if m not in gone}
-        features.write_catalogue(dataset, Catalogue(known.root, media))
+def removed_media(features: FeatureSet, dataset: str) -> list[str]:
+    """Media of a catalogue whose files are gone, where their folder is still there.
+
+    Raises:
+        EpalmError: all of them are: more likely a disk that is not mounted.
+    """
+    known = features.catalogue(dataset)
+    root = Path(known.root)
+    if not root.is_dir():
+        return []
+    gone = [m for m in known.media if not (root / m).exists()]
+    if gone and len(gone) == len(known.media):
+        raise EpalmError(
+            f"{features.folder}: all {len(gone)} media files of {dataset} are gone from {root}; is "
+            "the disk mounted? To forget them all, delete their catalogue"
+        )
     return gone
 
 
-def garbage(features: FeatureSet) -> dict[Path, int]:
-    """What nothing in the set refers to, with its size in bytes.
+def garbage(features: FeatureSet, removed: dict[str, list[str]]) -> list[Path]:
+    """Files that nothing in the set refers to, in the order in which to delete them.
 
     Shards none of whose media stands in a catalogue, blocks without marker, plans that nobody
-    works at, half-written files.
+    works at, half-written files. A shard is kept as a whole while one of its media is known.
+
+    Args:
+        features: the set.
+        removed: media to be taken as forgotten, by dataset.
+
+    Raises:
+        EpalmError: without a catalogue, everything would be garbage.
+    """
+    if not features.datasets():
+        raise EpalmError(f"{features.folder}: has no catalogue, so nothing says what it is for")
+    known = {
+        entry.content_hash
+        for dataset in features.datasets()
+        for media, entry in features.catalogue(dataset).media.items()
+        if media not in set(removed.get(dataset, []))
+    }
+    found: list[Path] = []
+    for column in features.columns:
+        unknown = {n for n, marker in column.markers.items() if known.isdisjoint(marker.hashes)}
+        found += [column._marker_path(n) for n in sorted(unknown)]  # markers before their blocks
+        found += sorted((column.folder / "plans").glob("[0-9]*.json"))
+        orphans = column.backend.shards() - column.markers.keys()
+        found += [p for n in sorted(orphans | unknown) for p in column.backend.files(n)]
+    return found + sorted(features.folder.rglob(".*.partial"))
+
+
+def collect(features: FeatureSet, removed: dict[str, list[str]]) -> list[tuple[Path, int]]:
+    """Delete `garbage`, and strike removed media off their catalogues; what it was, with sizes.
 
     Raises:
         EpalmError: an extraction is running.
     """
-    with _Idle(features):
-        return {path: _size(path) for path in _garbage(features)}
-
-
-def collect(features: FeatureSet) -> dict[Path, int]:
-    """Delete `garbage`; returns what it was."""
-    with _Idle(features):
-        found = {path: _size(path) for path in _garbage(features)}
-        for path in found:  # in an order that an interruption cannot hurt: markers before blocks
+    with Idle(features):
+        for dataset, gone in removed.items():
+            known = features.catalogue(dataset)
+            media = {m: entry for m, entry in known.media.items() if m not in set(gone)}
+            unreadable = {m: why for m, why in known.unreadable.items() if m not in set(gone)}
+            features.write_catalogue(dataset, Catalogue(known.root, media, unreadable))
+        found = [(path, path.stat().st_size) for path in garbage(features, {})]
+        for path, _ in found:
             path.unlink(missing_ok=True)
     return found
 
 
-def convert(
-    features: FeatureSet, backend: str, progress: Progress[tuple[Column, int]]
-) -> FeatureSet:
-    """The same features under another backend, in the same place; every checksum is compared.
-
-    The old files are removed when the new ones are complete; interrupted before, nothing changes.
+class Idle(ExitStack):
+    """While it is held, no extraction works at a set. Interrupted plans are dropped.
 
     Raises:
-        EpalmError: no such backend, an extraction is running, or a shard is broken.
+        EpalmError: one is at work.
     """
-    if backend not in BACKENDS:
-        raise EpalmError(f"--to: {backend!r} is not one of {', '.join(BACKENDS)}")
-    layout = replace(features.layout, backend=backend)
-    work = features.folder.with_name(f".converting-{features.folder.name}")
-    old = features.folder.with_name(f".converted-{features.folder.name}")
-    with _Idle(features):
-        shutil.rmtree(work, ignore_errors=True)
-        for name in ("spec.json", "failures.jsonl", "extraction.json", "catalogue"):
-            source = features.folder / name
-            if source.is_dir():
-                shutil.copytree(source, work / name)
-            elif source.is_file():
-                work.mkdir(parents=True, exist_ok=True)
-                shutil.copy(source, work / name)
-        write_atomic(work / "layout.json", json.dumps(asdict(layout)))
-        for column in features.columns:
-            write_atomic(work / column.folder.name / "column.json", column.column.canonical())
-        target = FeatureSet(work, features.spec, layout)
-        into = {column.folder.name: column for column in target.columns}
-        shards = [(column, shard) for column in features.columns for shard in column.markers]
-        for column in features.columns:
-            into[column.folder.name].backend.reserve(max(column.markers, default=-1) + 1)
-        for column, shard in progress(shards):
-            _copy_shard(column, into[column.folder.name], shard)
-        features.folder.rename(old)
-        work.rename(features.folder)
-        shutil.rmtree(old)
-    return open_set(features.folder)
-
-
-def _copy_shard(source: Column, target: Column, shard: int) -> None:
-    marker = source.markers[shard]
-    valid = np.array([h not in marker.failed for h in marker.hashes])
-    if target.backend.write(shard, source.block(shard), valid) != marker.sha256:
-        raise EpalmError(f"{source.folder}: shard {shard} is broken; run `cache repair` first")
-    write_atomic(target._marker_path(shard), json.dumps(asdict(marker)))
-
-
-class _Idle(ExitStack):
-    """Holds every plan of a set and its lock, so that no extraction works at it meanwhile."""
 
     def __init__(self, features: FeatureSet):
         super().__init__()
         self.enter_context(locked(features.folder / ".lock"))
+        features.find_columns()
         for column in features.columns:
             self.enter_context(locked(column.folder / ".plans.lock"))
             for path in sorted((column.folder / "plans").glob("[0-9]*.json")):
@@ -148,30 +136,15 @@ class _Idle(ExitStack):
                 if stream is None:
                     self.close()
                     raise EpalmError(f"{features.folder}: an extraction is running; wait for it")
-                self.enter_context(stream)
+                with stream:
+                    path.unlink()  # an extraction that waits for the lock plans anew
             column.refresh()
 
 
-def _unreferenced(features: FeatureSet, column: Column) -> list[int]:
-    """Shards none of whose media any catalogue knows."""
-    known = {
-        entry.content_hash
-        for dataset in features.datasets()
-        for entry in features.catalogue(dataset).media.values()
-    }
-    return [n for n, marker in column.markers.items() if known.isdisjoint(marker.hashes)]
-
-
-def _garbage(features: FeatureSet) -> list[Path]:
-    found: list[Path] = []
-    for column in features.columns:
-        unreferenced = set(_unreferenced(features, column))
-        found += [column._marker_path(n) for n in sorted(unreferenced)]
-        found += sorted((column.folder / "plans").glob("[0-9]*.json"))
-        orphans = column.backend.shards() - column.markers.keys()
-        found += [p for n in sorted(orphans | unreferenced) for p in column.backend.files(n)]
-    return found + sorted(features.folder.rglob(".*.partial"))
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size
+def _is_told_rightly(column: Column, shard: int) -> bool:
+    marker = column.markers[shard]
+    expected = np.array([h not in marker.failed for h in marker.hashes])
+    try:
+        return np.array_equal(column.backend.valid(shard, len(expected)), expected)
+    except Exception:  # whatever the backend's library makes of damaged metadata
+        return False

@@ -52,7 +52,9 @@ class Window:
             places = self._address[rows]
             if not places.all():  # an address that is none must never be read
                 raise IndexError("a row that no block has")
-        first, last, _ = layers.indices(self.row_shape[0])
+        first, last, step = layers.indices(self.row_shape[0])
+        if step != 1:
+            raise ValueError("only layers that stand side by side can be gathered")
         items = self._items.get((first, last))
         if items is None:
             items = self._items[first, last] = self._over_all(first, last)
@@ -70,7 +72,8 @@ class Window:
 
     def _add(self, shard: int) -> None:
         block = self.opened(shard)
-        assert block.dtype == self.dtype and block.flags.c_contiguous
+        if block.dtype != self.dtype or not (block.flags.c_contiguous and block.flags.aligned):
+            raise ValueError(f"block {shard} is not of aligned {self.dtype} numbers in C order")
         begin, first = block.ctypes.data, shard * self.shard_rows
         self._address[first : first + len(block)] = begin + self._row * np.arange(len(block))
         if self._lowest is None or begin < self._low:

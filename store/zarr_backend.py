@@ -10,13 +10,15 @@ to be float32 stands at its place in the array `features_float32`; `valid` is 1 
 import json
 import math
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from epalm.errors import EpalmError
 from epalm.store.atomic import locked, replacing, write_atomic
-from epalm.store.blocks import BESIDE, write_rows
+from epalm.store.blocks import write_rows
 
 
 class ZarrBackend:
@@ -38,16 +40,14 @@ class ZarrBackend:
                 self._grow(name, rows.dtype.name, (shard + 1) * self.block_shape[0])
         for old in self.files(shard):  # a block redone may have had another number format
             old.unlink()
-        mask = np.zeros(self.block_shape[0], np.uint8)
-        mask[: len(rows)] = valid * (1 if name == "features" else 2)
-        place = self.folder / "valid" / "c" / str(shard)
-        beside = BESIDE.submit(write_atomic, place, mask.tobytes())  # the disk takes both at once
         chunk = self._chunk(name, shard)
         little = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
         with replacing(chunk) as partial:
             partial.touch()
             digest = write_rows(partial, 0, little, self._size(rows.dtype.name))
-        beside.result()
+        mask = np.zeros(self.block_shape[0], np.uint8)
+        mask[: len(rows)] = valid * (1 if name == "features" else 2)
+        write_atomic(self._mask(shard), mask.tobytes())  # last: only now do other readers see rows
         return digest
 
     def is_whole(self, shard: int, rows: int, dtype: str) -> bool:
@@ -59,9 +59,16 @@ class ZarrBackend:
         stored = np.dtype(dtype).newbyteorder("<")
         return np.memmap(path, stored, mode="r", shape=(rows, *self.block_shape[1:]))
 
+    def valid(self, shard: int, rows: int) -> NDArray[np.bool_]:
+        group = zarr.open_group(self.folder, mode="r")
+        first = shard * self.block_shape[0]
+        features, valid = (cast(zarr.Array, group[name]) for name in ("features", "valid"))
+        reaches = features.shape[0] >= first + rows
+        return np.asarray(valid[first : first + rows]) > 0 if reaches else np.zeros(rows, bool)
+
     def files(self, shard: int) -> list[Path]:
         chunks = [self._chunk(name, shard) for name in ("features", "features_float32")]
-        return [p for p in [*chunks, self.folder / "valid" / "c" / str(shard)] if p.is_file()]
+        return [p for p in [self._mask(shard), *chunks] if p.is_file()]
 
     def shards(self) -> set[int]:
         names = ("features", "features_float32")
@@ -77,6 +84,9 @@ class ZarrBackend:
     def _chunk(self, array: str, shard: int) -> Path:
         zeros = ["0"] * (len(self.block_shape) - 1)
         return self.folder.joinpath(array, "c", str(shard), *zeros)
+
+    def _mask(self, shard: int) -> Path:
+        return self.folder / "valid" / "c" / str(shard)
 
     def _grow(self, name: str, dtype: str, rows: int) -> None:
         """Make an array at least so many rows long; rows not yet written read as not valid."""
@@ -95,7 +105,12 @@ class ZarrBackend:
             for leftover in self.folder.glob("**/zarr.*.partial"):  # of a killed process
                 leftover.unlink()
             return
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            metadata = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise EpalmError(
+                f"{path}: not readable; restore it from another feature set's"
+            ) from None
         if metadata["shape"][0] < rows:
             metadata["shape"][0] = rows
             write_atomic(path, json.dumps(metadata, indent=2))

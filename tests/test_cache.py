@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from epalm.config import load_recipe
 from epalm.data import load_dataset
 from epalm.extract.lookup import open_features
 from epalm.store.backend import BACKENDS
+from epalm.store.column import ColumnWriter, Row
 from epalm.store.feature_set import FeatureSet, find, open_set, specs
 
 Toy = Callable[..., Path]
@@ -56,7 +57,7 @@ def break_shard(features: FeatureSet, shard: int) -> None:
 
 def test_ls_and_info_say_what_is_there(cli: Cli, toy: Toy, tmp_path: Path) -> None:
     recipe = toy(encoder={"views": {"count": 2}})
-    assert "no feature sets" in ok(cli("cache", "ls", tmp_path / "features"))
+    assert "no feature sets" in ok(cli("cache", "ls", tmp_path))
     ok(cli("extract", recipe))
     table = ok(cli("cache", "ls", tmp_path / "features")).splitlines()
     assert table[0].split() == ["set", "modality", "backend", "column", "rows", "failed", "shards",
@@ -121,7 +122,7 @@ def test_diff_names_fields_and_columns(cli: Cli, toy: Toy, tmp_path: Path) -> No
                   "column cls-0-5: only in", "column cls-3-5: only in"):  # fmt: skip
         assert words in output
     assert ok(cli("cache", "diff", one, only_set(tmp_path).folder)) == "the same features\n"
-    refused(cli("cache", "diff", one, tmp_path), "not a readable feature set")
+    refused(cli("cache", "diff", one, tmp_path), "not a feature set")
 
 
 def test_estimate_counts_and_measures(cli: Cli, toy: Toy, tmp_path: Path) -> None:
@@ -135,6 +136,15 @@ def test_estimate_counts_and_measures(cli: Cli, toy: Toy, tmp_path: Path) -> Non
     assert "nothing to do" in ok(cli("cache", "estimate", recipe))
     more = toy(encoder={"views": {"count": 4}})
     assert ": 8 rows of 288 B" in ok(cli("cache", "estimate", more))
+
+
+def test_estimate_sees_layers_and_failures(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    (tmp_path / "images" / "0.png").write_bytes(b"broken")
+    skip = {"data": {"bad_media": "skip"}}
+    assert "12 rows" in ok(cli("cache", "estimate", toy(**skip), "--sample", "2"))
+    ok(cli("extract", toy(**skip, encoder={"layers": [4, 5]})))
+    assert "nothing to do" in ok(cli("cache", "estimate", toy(**skip, encoder={"layers": [4, 5]})))
+    assert "cls-0-3: 12 rows of 192 B" in ok(cli("cache", "estimate", toy(**skip)))
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
@@ -172,17 +182,125 @@ def test_gc_deletes_what_nothing_refers_to(cli: Cli, toy: Toy, tmp_path: Path) -
     (features.columns[0].folder / "markers" / "000007.json").unlink()
     (features.folder / ".left.partial").write_text("half")
     planned = ok(cli("cache", "gc", recipe, "--dry-run"))
+    removed = ok(cli("cache", "gc", recipe, "--dry-run", "--removed"))
     assert len(open_set(features.folder).columns[0]) == 12
     done = ok(cli("cache", "gc", recipe, "--removed"))
-    assert "1 media forgotten" in done
+    assert "1 media are forgotten" in done
+    assert "1 media would be forgotten" in removed
     for name in ("markers/000003.json", ".left.partial"):  # the old content of 3.png
         assert name in planned
         assert name in done
     assert "markers/000005.json" not in planned
     assert "markers/000005.json" in done
+    assert "markers/000005.json" in removed
     left = open_set(features.folder).columns[0]
     assert len(left) == 10
     assert left.backend.shards() == left.markers.keys()
+
+
+def test_gc_does_not_take_all_for_garbage(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy()
+    ok(cli("extract", recipe))
+    before = files(tmp_path / "features")
+    for path in (tmp_path / "images").iterdir():
+        path.rename(tmp_path / path.name)
+    refused(cli("cache", "gc", recipe, "--removed"), "all 12 media files", "mounted?")
+    catalogue = only_set(tmp_path).folder / "catalogue" / "toy.json"
+    catalogue.rename(tmp_path / "away")
+    refused(cli("cache", "gc", recipe), "has no catalogue")
+    (tmp_path / "away").rename(catalogue)
+    assert files(tmp_path / "features") == before
+
+
+def test_two_datasets_of_one_name_are_told_apart(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy()
+    ok(cli("extract", recipe))
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copytree(tmp_path / "images", other / "images")
+    shutil.copy(tmp_path / "toy.jsonl", other)
+    moved = ("--set", f"data.path={other / 'toy.jsonl'}")
+    refused(cli("extract", recipe, *moved), "data.name: 'toy' already stands for the media in")
+    assert "all 12 media are in" in ok(cli("extract", recipe, *moved, "--set", "data.name=other"))
+    shutil.rmtree(tmp_path / "images")  # moved, not another dataset: the name stays
+    (tmp_path / "toy.jsonl").unlink()
+    (tmp_path / "other").rename(tmp_path / "moved")
+    moved = ("--set", f"data.path={tmp_path / 'moved' / 'toy.jsonl'}")
+    assert "all 12 media are in" in ok(cli("extract", recipe, *moved, "--set", "data.name=other"))
+
+
+def test_repair_mends_what_the_recipe_keeps(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    whole = toy()
+    ok(cli("extract", toy(data={"limits": {"train": 4}})))
+    mean = toy(encoder={"tokens": "mean"})
+    ok(cli("extract", mean))
+    for column in only_set(tmp_path).columns:
+        path = max(column.backend.files(0), key=lambda p: p.stat().st_size)
+        path.write_bytes(path.read_bytes()[:-1])
+    output = ok(cli("cache", "repair", toy()))
+    assert "1 broken shards" in output
+    assert "mean-0-5 has broken shards too" in output
+    assert "extract: 4 media" in output  # not the four that were never extracted
+    refused(cli("cache", "verify", whole), "1 broken shards", "mean-0-5, shard 0")
+
+
+def test_what_other_readers_are_told_is_verified(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy()
+    ok(cli("extract", recipe))
+    column = only_set(tmp_path).columns[0].folder
+    before = files(tmp_path / "features")
+    (column / "valid" / "c" / "1").write_bytes(bytes(4))
+    refused(cli("cache", "verify", recipe), "cls-0-5, shard 1: `valid` or metadata")
+    metadata = column / "features" / "zarr.json"
+    text = metadata.read_text()
+    metadata.write_text("{")
+    refused(cli("cache", "verify", recipe), "shard 0: `valid` or metadata")
+    metadata.write_text(text)
+    assert files(tmp_path / "features") != before
+
+
+def test_features_without_media_are_found(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy()
+    ok(cli("extract", recipe))
+    for path in (tmp_path / "images").iterdir():
+        path.unlink()
+    assert "all 12 media are in" in ok(cli("extract", recipe))
+
+
+def test_media_that_go_away_meanwhile_are_not_called_broken(
+    cli: Cli, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = toy()
+    images, away = tmp_path / "images", tmp_path / "away"
+    real = ColumnWriter.plan
+
+    def plan_then_lose(self: ColumnWriter, rows: Sequence[Row]) -> dict[int, int]:
+        found = real(self, rows)
+        images.rename(away)
+        return found
+
+    monkeypatch.setattr(ColumnWriter, "plan", plan_then_lose)
+    refused(cli("extract", recipe), "cannot be read any more", "run `extract` again")
+    monkeypatch.undo()
+    away.rename(images)
+    assert "extract: 12 media" in ok(cli("extract", recipe))
+
+
+def test_mistakes(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy()
+    refused(cli("cache", "ls", tmp_path / "nowhere"), "no such folder")
+    refused(
+        cli("cache", "info", tmp_path / "nowhere"), "neither a feature set's folder nor a recipe"
+    )
+    refused(cli("cache", "info", recipe), "no feature set here")
+    ok(cli("extract", recipe))
+    folder = only_set(tmp_path).folder
+    assert folder.name in ok(cli("cache", "ls", folder))
+    for command in ("verify", "estimate"):
+        refused(cli("cache", command, recipe, "--sample", "0"), "0 is not in the range")
+    refused(cli("cache", "verify", folder, "--set", "seed=1"), "is a feature set, not a recipe")
+    (folder / "layout.json").unlink()
+    assert "unreadable: " in ok(cli("cache", "ls", tmp_path / "features"))
 
 
 def test_removed_media_are_reported(cli: Cli, toy: Toy, tmp_path: Path) -> None:

@@ -304,9 +304,147 @@ def test_a_truncated_shard_is_made_again_in_its_place(column: Column) -> None:
     assert [m.shard for m in broken.damaged] == [0]
     assert row("a") not in broken
     assert row("e") in broken
-    ColumnWriter(broken).plan_again(broken.damaged)
+    ColumnWriter(broken).plan_again([0])
     write(broken, [row(h) for h in "abcdef"], rows(6))
     assert files(column.folder) == before
+
+
+def test_what_another_process_mended_is_left_alone(column: Column) -> None:
+    write(column, [row(h) for h in "abcdef"], rows(6))
+    before = files(column.folder)
+    ColumnWriter(column).plan_again([0, 1, 7])
+    assert files(column.folder) == before
+    break_block(column)
+    late = reopened(column)
+    ColumnWriter(reopened(column)).plan_again([0])
+    writer = ColumnWriter(column)
+    claimed = writer.claim(0)
+    assert claimed is not None
+    ColumnWriter(late).plan_again([0])  # its marker is gone and its plan is claimed
+    assert ColumnWriter(late).claim(0) is None
+    writer.write(claimed.plan, rows(6)[:4].astype(np.float32), {})
+    claimed.stream.close()
+    ColumnWriter(late).plan_again([0])
+    assert files(column.folder) == before
+
+
+def break_block(column: Column) -> None:
+    """Flip a byte of shard 0's features."""
+    path = max(column.backend.files(0), key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_shard_made_while_planning_is_not_planned_again(
+    column: Column, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process finishes at the worst moments: while plans or markers are being read."""
+    other = ColumnWriter(reopened(column))
+    other.plan([row(h) for h in "abcd"])
+    claimed = other.claim(0)
+    assert claimed is not None
+
+    real = Column.refresh
+
+    def finish_first(self: Column) -> None:
+        monkeypatch.setattr(Column, "refresh", real)
+        other.write(claimed.plan, rows(4).astype(np.float32), {})
+        claimed.stream.close()
+        real(self)
+
+    monkeypatch.setattr(Column, "refresh", finish_first)
+    assert ColumnWriter(column).plan([row(h) for h in "abcdwxyz"]) == {1: 4}
+    assert row("a") in column
+
+
+def test_a_marker_that_was_changed_counts_as_lost(column: Column) -> None:
+    write(column, [row(h) for h in "abcdef"], rows(6))
+    before = files(column.folder)
+    path = column.folder / "markers" / "000000.json"
+    for text in ("{", "[]", path.read_text().replace('"a", "b"', '"b", "a"')):
+        path.write_text(text)
+        broken = reopened(column)
+        assert row("a") not in broken
+        assert row("e") in broken
+        write(broken, [row(h) for h in "abcdef"], rows(6)[:4])
+        assert files(column.folder) == before
+
+
+def test_a_conversion_is_noticed_by_who_waits_to_plan(column: Column) -> None:
+    layout = column.folder.parent / "layout.json"
+    layout.write_text(layout.read_text().replace("zarr", "x").replace("hdf5", "x"))
+    with pytest.raises(EpalmError, match="was converted to x meanwhile"):
+        ColumnWriter(column).plan([row("a")])
+
+
+def test_a_misaligned_block_is_read_rightly(tmp_path: Path) -> None:
+    """Another program may have put an odd number of bytes before the features."""
+    features = FeatureSet.create(tmp_path, SPEC, Layout("hdf5", 4, "here"))
+    (column,) = features.columns_for(CLS)
+    write(column, [row(h) for h in "abcdef"], rows(6))
+    path = column.folder / "shards" / "000000.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("odd", data=np.zeros(3, np.uint8))
+        plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        data = rows(6)[:4]
+        space = h5py.h5s.create_simple(data.shape)
+        kind = h5py.h5t.py_create(data.dtype)
+        dataset = h5py.h5d.create(file.id, b"features", kind, space, plan)
+        dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, data)
+        assert dataset.get_offset() % 2 == 1
+    broken = reopened(column)
+    found = broken.gather(broken.rows([row(h) for h in "fdba"]))
+    assert np.array_equal(found, rows(6)[[5, 3, 1, 0]])
+
+
+def test_layers_side_by_side_only(column: Column) -> None:
+    write(column, [row("a")], rows(1))
+    with pytest.raises(ValueError, match="side by side"):
+        column.gather(column.rows([row("a")]), slice(0, 3, 2))
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys; from pathlib import Path\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 512))\n"
+        "from epalm.store.feature_set import open_set\n"
+        "from epalm.store.column import Row\n"
+        "column = open_set(Path(sys.argv[1])).columns[0]\n"
+        "print(column.gather(column.rows([Row(str(i), 0) for i in range(100)])).shape)\n"
+    )
+    features = FeatureSet.create(tmp_path, SPEC, Layout("zarr", 1, "here"))
+    (column,) = features.columns_for(CLS)
+    write(column, [row(str(i)) for i in range(100)], rows(100))
+    with python(code, features.folder) as process:
+        assert process.communicate()[0] == "(100, 3, 1, 5)\n"
+
+
+def test_a_half_written_block_is_not_valid_to_zarr_readers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = open_backend("zarr", tmp_path, (3, 1, 5), "float16", 4)
+    backend.reserve(1)
+    monkeypatch.setattr("epalm.store.zarr_backend.write_rows", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        backend.write(0, rows(4), np.ones(4, bool))
+    assert not zarr.open_group(tmp_path, mode="r")["valid"][:].any()
+
+
+def test_a_forked_process_can_write(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, numpy as np; from pathlib import Path\n"
+        "from epalm.store.backend import open_backend\n"
+        "backend = open_backend('hdf5', Path(sys.argv[1]), (1, 1, 2), 'float16', 4)\n"
+        "def put(n): backend.write(n, np.ones((4, 1, 1, 2), np.float16), np.ones(4, bool))\n"
+        "put(0)\n"
+        "child = os.fork()\n"
+        "if child == 0: put(1); os._exit(0)\n"
+        "print(os.waitpid(child, 0)[1])\n"
+    )
+    with python(code, tmp_path) as process:
+        assert process.communicate(timeout=60)[0] == "0\n"
 
 
 def test_values_beyond_float16_make_a_float32_shard(column: Column) -> None:
@@ -441,13 +579,58 @@ def test_without_the_weights_their_address_must_be_the_same(
         find(tmp_path, FeatureSpec.from_json(json.dumps(tree)), "there")
 
 
+def test_a_wrong_backend_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(EpalmError, match="'foo' is not one of zarr, hdf5"):
+        FeatureSet.create(tmp_path, SPEC, Layout("foo", 4, "here"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_set_is_brought_back_from_an_interrupted_conversion(
+    features: FeatureSet, tmp_path: Path
+) -> None:
+    name = features.folder.name
+    features.folder.rename(tmp_path / f".converted-{name}")
+    assert find(tmp_path, SPEC, "here").folder == features.folder
+    features.folder.rename(tmp_path / f".converted-{name}")
+    assert FeatureSet.create(tmp_path, SPEC, features.layout).layout == features.layout
+
+
+def test_what_is_no_set_is_not_to_be_deleted(features: FeatureSet, tmp_path: Path) -> None:
+    with pytest.raises(EpalmError, match=f"the sets in it are {features.folder.name}"):
+        open_set(tmp_path)
+    for change in ({"shard_rows": 0}, {"shard_rows": "4"}, {"backend": "foo"}):
+        layout = json.dumps({"backend": "zarr", "shard_rows": 4, "weights_address": "x"} | change)
+        (features.folder / "layout.json").write_text(layout)
+        with pytest.raises(EpalmError, match="layout.json: not readable .* write it anew"):
+            open_set(features.folder)
+
+
+def test_damaged_small_files(features: FeatureSet) -> None:
+    features.write_catalogue("one", Catalogue("/data", {"x": CatalogueEntry("aa", 1, 1)}))
+    (path,) = (features.folder / "catalogue").iterdir()
+    for text in ("{", "[]", '{"root": ""}'):
+        path.write_text(text)
+        with pytest.raises(EpalmError, match="not a readable catalogue"):
+            features.catalogue("one")
+    (features.folder / "extraction.json").write_text("{")
+    assert features.last_extraction() is None
+
+
+def test_names_of_datasets_do_not_clash(features: FeatureSet) -> None:
+    for number, name in enumerate(("a/b", "a_b", "a b", "a%2Fb")):
+        features.write_catalogue(name, Catalogue(str(number)))
+    assert {n: features.catalogue(n).root for n in features.datasets()} == {
+        "a/b": "0", "a_b": "1", "a b": "2", "a%2Fb": "3"
+    }  # fmt: skip
+
+
 def test_unreadable_sets_are_in_nobodys_way(features: FeatureSet, tmp_path: Path) -> None:
     other = tmp_path / "vit_of_another_version"
     other.mkdir()
     (other / "spec.json").write_text('{"version": 99}')
     assert find(tmp_path, SPEC, "here").folder == features.folder
     (features.folder / "layout.json").write_text("{")
-    with pytest.raises(EpalmError, match="not a readable feature set"):
+    with pytest.raises(EpalmError, match="layout.json: not readable"):
         find(tmp_path, SPEC, "here")
 
 
