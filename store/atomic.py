@@ -10,26 +10,27 @@ from typing import IO, Any, BinaryIO
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
     """A file beside `path`, to be written; then flushed to disk and renamed over it.
 
     The caller must be the only writer of `path` (see `locked`): what a killed writer left half
-    written is overwritten.
+    written is overwritten. Without `flush`, a power failure may take the file's content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
-        with partial.open("rb+") as stream:
-            os.fsync(stream.fileno())
+        if flush:
+            with partial.open("rb+") as stream:
+                os.fsync(stream.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, content: bytes | memoryview | str) -> None:
-    """Write beside the place, flush to disk, then rename over it."""
-    with replacing(path) as partial:
+def write_atomic(path: Path, content: bytes | memoryview | str, flush: bool = True) -> None:
+    """Write beside the place, flush to disk, then rename over it; see `replacing`."""
+    with replacing(path, flush) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

@@ -193,6 +193,15 @@ class Column:
         """The shard's bytes have the checksum they were written with."""
         return checksum(self.block(shard)) == self.markers[shard].sha256
 
+    def is_told_rightly(self, shard: int) -> bool:
+        """Other readers are told the same of the shard as its marker says."""
+        marker = self.markers[shard]
+        expected = np.array([h not in marker.failed for h in marker.hashes])
+        try:
+            return np.array_equal(self.backend.valid(shard, len(expected)), expected)
+        except Exception:  # whatever the backend's library makes of damaged metadata
+            return False
+
     def _opened(self, shard: int) -> NDArray[np.generic]:
         """A shard's rows; the checksum is compared when it is first used."""
         if shard not in self._blocks:
@@ -343,7 +352,8 @@ class ColumnWriter:
                 marker = known.get(shard)
                 if marker is None or column._plan_path(shard).is_file():
                     continue
-                if shard in column.markers and column.is_intact(shard):
+                whole = shard in column.markers
+                if whole and column.is_intact(shard) and column.is_told_rightly(shard):
                     continue
                 self._write_plan(Plan(shard, marker.view, marker.hashes))
                 column._marker_path(shard).unlink()

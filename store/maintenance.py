@@ -5,8 +5,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import numpy as np
-
 from epalm.errors import EpalmError
 from epalm.store.atomic import claim, locked
 from epalm.store.column import Column, ColumnWriter
@@ -36,7 +34,7 @@ def verify(features: FeatureSet, progress: Progress[tuple[Column, int]]) -> list
     for column, shard in progress(shards):
         if not column.is_intact(shard):
             problems.append(Problem(column, shard, "its bytes are not those that were written"))
-        elif not _is_told_rightly(column, shard):
+        elif not column.is_told_rightly(shard):
             problems.append(Problem(column, shard, "`valid` or metadata is not as it was written"))
     return problems
 
@@ -139,12 +137,3 @@ class Idle(ExitStack):
                 with stream:
                     path.unlink()  # an extraction that waits for the lock plans anew
             column.refresh()
-
-
-def _is_told_rightly(column: Column, shard: int) -> bool:
-    marker = column.markers[shard]
-    expected = np.array([h not in marker.failed for h in marker.hashes])
-    try:
-        return np.array_equal(column.backend.valid(shard, len(expected)), expected)
-    except Exception:  # whatever the backend's library makes of damaged metadata
-        return False

@@ -47,7 +47,8 @@ class ZarrBackend:
             digest = write_rows(partial, 0, little, self._size(rows.dtype.name))
         mask = np.zeros(self.block_shape[0], np.uint8)
         mask[: len(rows)] = valid * (1 if name == "features" else 2)
-        write_atomic(self._mask(shard), mask.tobytes())  # last: only now do other readers see rows
+        # last: only now do other readers see the rows. Not flushed: markers say the same
+        write_atomic(self._mask(shard), mask.tobytes(), flush=False)
         return digest
 
     def is_whole(self, shard: int, rows: int, dtype: str) -> bool:
@@ -72,8 +73,8 @@ class ZarrBackend:
 
     def shards(self) -> set[int]:
         names = ("features", "features_float32")
-        folders = [p for name in names for p in (self.folder / name / "c").glob("[0-9]*")]
-        return {n for n in {int(p.name) for p in folders} if self.files(n)}
+        chunks = (p for name in names for p in (self.folder / name).glob("c.*"))
+        return {int(path.name.split(".")[1]) for path in chunks}
 
     def _array(self, dtype: str) -> str:
         return "features" if dtype == self.dtype else f"features_{dtype}"
@@ -82,11 +83,11 @@ class ZarrBackend:
         return math.prod(self.block_shape) * np.dtype(dtype).itemsize
 
     def _chunk(self, array: str, shard: int) -> Path:
-        zeros = ["0"] * (len(self.block_shape) - 1)
-        return self.folder.joinpath(array, "c", str(shard), *zeros)
+        zeros = ".0" * (len(self.block_shape) - 1)
+        return self.folder / array / f"c.{shard}{zeros}"
 
     def _mask(self, shard: int) -> Path:
-        return self.folder / "valid" / "c" / str(shard)
+        return self.folder / "valid" / f"c.{shard}"
 
     def _grow(self, name: str, dtype: str, rows: int) -> None:
         """Make an array at least so many rows long; rows not yet written read as not valid."""
@@ -97,6 +98,8 @@ class ZarrBackend:
                 name,
                 shape=(rows, *shape[1:]),
                 chunks=shape,
+                # chunks side by side: a folder for each would cost as much as a flush
+                chunk_key_encoding={"name": "default", "separator": "."},
                 dtype=np.dtype(dtype).newbyteorder("<"),
                 compressors=None,
                 filters=None,
@@ -109,7 +112,7 @@ class ZarrBackend:
             metadata = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             raise EpalmError(
-                f"{path}: not readable; restore it from another feature set's"
+                f"{path}: not readable; write it anew after that of another feature set"
             ) from None
         if metadata["shape"][0] < rows:
             metadata["shape"][0] = rows

@@ -249,14 +249,15 @@ def test_what_other_readers_are_told_is_verified(cli: Cli, toy: Toy, tmp_path: P
     ok(cli("extract", recipe))
     column = only_set(tmp_path).columns[0].folder
     before = files(tmp_path / "features")
-    (column / "valid" / "c" / "1").write_bytes(bytes(4))
+    (column / "valid" / "c.1").write_bytes(bytes(4))
     refused(cli("cache", "verify", recipe), "cls-0-5, shard 1: `valid` or metadata")
     metadata = column / "features" / "zarr.json"
     text = metadata.read_text()
     metadata.write_text("{")
     refused(cli("cache", "verify", recipe), "shard 0: `valid` or metadata")
     metadata.write_text(text)
-    assert files(tmp_path / "features") != before
+    assert "1 broken shards" in ok(cli("cache", "repair", recipe))
+    assert files(tmp_path / "features") == before
 
 
 def test_features_without_media_are_found(cli: Cli, toy: Toy, tmp_path: Path) -> None:

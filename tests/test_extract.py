@@ -134,7 +134,7 @@ def test_truncated_shard_is_encoded_again(toy_recipe: Recipe) -> None:
     dataset = load_dataset(toy_recipe)
     report = extract(toy_recipe, dataset)
     before = open_features(toy_recipe, dataset)[0].fetch(list(dataset.media))
-    chunk = report.features.folder / "cls-0-5" / "features" / "c" / "1" / "0" / "0" / "0"
+    chunk = report.features.folder / "cls-0-5" / "features" / "c.1.0.0.0"
     chunk.write_bytes(chunk.read_bytes()[:-1])
     with pytest.raises(EpalmError, match="4 media of toy are not extracted"):
         open_features(toy_recipe, dataset)
@@ -164,7 +164,7 @@ def test_a_file_changed_after_extraction_is_noticed(toy_recipe: Recipe) -> None:
 def test_a_flipped_byte_is_noticed(toy_recipe: Recipe) -> None:
     dataset = load_dataset(toy_recipe)
     folder = extract(toy_recipe, dataset).features.folder
-    chunk = folder / "cls-0-5" / "features" / "c" / "0" / "0" / "0" / "0"
+    chunk = folder / "cls-0-5" / "features" / "c.0.0.0.0"
     content = bytearray(chunk.read_bytes())
     content[100] ^= 1
     chunk.write_bytes(content)

@@ -103,7 +103,7 @@ class BackendContract:
         assert backend.is_whole(0, 4, "float16")
         largest = max(files(tmp_path), key=lambda p: (tmp_path / p).stat().st_size)
         if self.name == "zarr":
-            largest = "features/c/0/0/0/0"
+            largest = "features/c.0.0.0.0"
         with (tmp_path / largest).open("r+b") as file:
             file.truncate((tmp_path / largest).stat().st_size - 1)
         assert not backend.is_whole(0, 4, "float16")
@@ -297,7 +297,7 @@ def test_a_plan_that_outlived_its_marker_is_cleared_away(column: Column) -> None
 def test_a_truncated_shard_is_made_again_in_its_place(column: Column) -> None:
     write(column, [row(h) for h in "abcdef"], rows(6))
     before = files(column.folder)
-    largest = {"zarr": "features/c/0/0/0/0", "hdf5": "shards/000000.h5"}
+    largest = {"zarr": "features/c.0.0.0.0", "hdf5": "shards/000000.h5"}
     name = next(path for path in largest.values() if (column.folder / path).is_file())
     (column.folder / name).write_bytes(b"short")
     broken = reopened(column)
@@ -464,7 +464,7 @@ def test_a_flipped_byte_is_noticed_when_the_shard_is_used(column: Column) -> Non
     (path,) = [
         p
         for p in column.folder.rglob("*")
-        if str(p.relative_to(column.folder)) in ("features/c/0/0/0/0", "shards/000000.h5")
+        if str(p.relative_to(column.folder)) in ("features/c.0.0.0.0", "shards/000000.h5")
     ]
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
