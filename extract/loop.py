@@ -52,11 +52,12 @@ def extract(
     layout = Layout(recipe.store.backend, recipe.store.shard_rows, recipe.encoder.weights)
     features = FeatureSet.create(Path(recipe.store.root), spec, layout)
     report = Report(features)
+    begin = time.perf_counter()
     found = hash_media(dataset, features)
     entries = found.media
     report.failed.update({m: failure.reason for m, failure in found.unreadable.items()})
     report.removed = removed_media(dataset, features)
-    report.seconds["hash"] = time.perf_counter() - start
+    report.seconds["hash"] = time.perf_counter() - begin
     media_of = {entry.content_hash: dataset.media[m] for m, entry in entries.items()}
     training = {e.media for e in dataset.split("train")}
     augmented = [e.content_hash for m, e in entries.items() if m in training]

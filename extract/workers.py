@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import math
 import multiprocessing
+import os
 import queue
 import re
 import signal
@@ -200,6 +201,7 @@ def _serve(
 ) -> None:  # fmt: skip
     """A worker's life: decode what comes, until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started us
+    os.nice(10)  # where cores are few, the encoder's threads must not wait for one another
     torch.set_num_threads(1)
     slots = _as_slots(memory, shape)
     connection.send("ready")
