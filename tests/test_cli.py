@@ -88,10 +88,10 @@ def test_bad_recipe(cli: Cli, toy: Toy, tmp_path: Path) -> None:
 
 def test_missing_and_broken_image(cli: Cli, toy: Toy, tmp_path: Path) -> None:
     recipe = toy()
-    cli("extract", recipe)
-    before = {p: p.read_bytes() for p in (tmp_path / "features").rglob("c/*/0/0/0")}
-    assert before
     (tmp_path / "images" / "3.png").unlink()
+    refused(cli("extract", recipe), "1 media", "images/3.png")
+    before = {p: p.read_bytes() for p in (tmp_path / "features").rglob("c.*")}
+    assert before
     (tmp_path / "images" / "4.png").write_bytes(b"\x89PNG broken")
     refused(
         cli("extract", recipe), "2 media", "images/3.png", "images/4.png", "data.bad_media=skip"
