@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from epalm.address import digest, resolve
 from epalm.config import Recipe
 from epalm.errors import EpalmError
-from epalm.extract.encoder import Encoder, check_has_class_token, weights_file
+from epalm.extract.encoder import Encoder, Preprocess, check_has_class_token, weights_file
 from epalm.extract.onnx_weights import read_dinov2
 from epalm.extract.pixels import REFERENCE, ImagePreprocess
 from epalm.store.spec import FeatureSpec
@@ -29,9 +29,9 @@ from epalm.store.spec import FeatureSpec
 class TimmViT(Encoder):
     """A timm ViT: layers of (B, prefix + patches, D)."""
 
-    @property
-    def prefix(self) -> int:  # type: ignore[override]
-        return self.model.num_prefix_tokens
+    def __init__(self, model: Any, preprocess: Preprocess, recipe: Recipe, device: torch.device):
+        super().__init__(model, preprocess, recipe, device)
+        self.prefix = model.num_prefix_tokens
 
     def hidden_states(self, batch: torch.Tensor, layers: Sequence[int]) -> Sequence[torch.Tensor]:
         found = self.model.forward_intermediates(
