@@ -11,7 +11,7 @@ from epalm.errors import EpalmError
 from epalm.train.batches import TrainingBatches
 from epalm.train.checkpoint import Progress, load_state, save_state, save_weights
 from epalm.train.clock import Clock
-from epalm.train.loss import batch_loss, example_losses
+from epalm.train.loss import batch_loss, losses_of
 from epalm.train.optimiser import learning_rates, make_optimiser, set_learning_rates
 from epalm.train.parts import Parts
 from epalm.train.run import Run
@@ -66,14 +66,7 @@ def train(run: Run, parts: Parts, batches: TrainingBatches, validate: Validate |
 
             with clock.running("step"):
                 set_learning_rates(optimiser, progress.step, config)
-                sums, counts = example_losses(
-                    model,
-                    batch.input_ids,
-                    batch.attention_mask,
-                    batch.labels,
-                    batch.features,
-                    batch.rows,
-                )
+                sums, counts = losses_of(model, batch)
                 loss = batch_loss(sums, counts, config)
                 if not torch.isfinite(loss):
                     raise EpalmError(

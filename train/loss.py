@@ -5,6 +5,19 @@ from torch.nn.functional import cross_entropy
 
 from epalm.config import TrainConfig
 from epalm.model.augmented import AugmentedLM
+from epalm.train.batches import Batch
+
+
+def losses_of(model: AugmentedLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """`example_losses` of a training batch."""
+    return example_losses(
+        model,
+        batch.input_ids,
+        batch.attention_mask,
+        batch.labels,
+        batch.features,
+        batch.rows,
+    )
 
 
 def example_losses(
