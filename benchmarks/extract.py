@@ -42,12 +42,13 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import machine
-import timm
 import torch
+import weights
 
 from epalm.address import resolve
 from epalm.config import Recipe, parse_recipe
-from epalm.data.example import Dataset, Example, Media
+from epalm.data.example import Dataset, Example
+from epalm.data.media import Media, MediaRoot
 from epalm.device import choose_device
 from epalm.extract import loop
 from epalm.extract.encoder import ENCODERS, Encoder, build, describe
@@ -116,7 +117,7 @@ def _measure(modality: str, recipe: Recipe, dataset: Dataset, repeats: int) -> f
     prepare_workers(ENCODERS[recipe.encoder.kind])
     encoder = build(recipe, choose_device(recipe.device))
     layers = tuple(range(describe(recipe).layers))
-    tasks = [Task.of_file(media.path) for media in dataset.media.values()]
+    tasks = [Task.of_media(media) for media in dataset.media.values()]
     size = recipe.encoder.batch_size
     batches = [tasks[begin : begin + size] for begin in range(0, len(tasks), size)]  # one shard's
     workers = recipe.encoder.workers
@@ -247,7 +248,7 @@ def _dataset(place: Path, files: list[Path]) -> Dataset:
     root = place / "media"
     media = {path.name: Media(path.name, path) for path in files}
     examples = [Example(name, name, "what is it?", ("it",), "train") for name in media]
-    return Dataset("benchmark", tuple(examples), media, root)
+    return Dataset("benchmark", tuple(examples), media, MediaRoot(str(root)))
 
 
 def _images(folder: Path, count: int) -> list[Path]:
@@ -291,39 +292,10 @@ def _written(path: Path, content: bytes) -> Path:
     return path
 
 
-def _vit(folder: Path, small: bool) -> None:
-    name = "vit_tiny_patch16_224" if small else "vit_base_patch16_224"
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=0)
-    timm.models.save_for_hf(model, folder, safe_serialization=True)
-
-
-def _timesformer(folder: Path, small: bool) -> None:
-    from transformers import TimesformerConfig, TimesformerModel
-
-    torch.manual_seed(0)
-    TimesformerModel(TimesformerConfig(**(_NARROW if small else {}))).save_pretrained(folder)
-
-
-def _ast(folder: Path, small: bool) -> None:
-    from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
-
-    torch.manual_seed(0)
-    ASTModel(ASTConfig(**(_NARROW if small else {}))).save_pretrained(folder)
-    ASTFeatureExtractor().save_pretrained(folder)
-
-
-_NARROW: dict[str, Any] = {
-    "hidden_size": 192,
-    "num_attention_heads": 3,
-    "intermediate_size": 768,
-    "num_hidden_layers": 4,
-}
-
 PLANS = {
-    "image": Plan("timm", 32, 160, 512, _images, _vit),
-    "video": Plan("timesformer", 2, 8, 24, _videos, _timesformer),
-    "audio": Plan("ast", 2, 8, 32, _sounds, _ast),
+    "image": Plan("timm", 32, 160, 512, _images, weights.vit),
+    "video": Plan("timesformer", 2, 8, 24, _videos, weights.timesformer),
+    "audio": Plan("ast", 2, 8, 32, _sounds, weights.ast),
 }
 
 

@@ -1,9 +1,10 @@
 """Small groupings that every stage needs."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+H = TypeVar("H", bound=Hashable)
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -12,8 +13,8 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[begin : begin + size]
 
 
-def unique_rows(media: Iterable[str]) -> tuple[list[str], list[int]]:
-    """Distinct media in order of appearance, and for each given one its row among them."""
-    row_of: dict[str, int] = {}
-    rows = [row_of.setdefault(m, len(row_of)) for m in media]
+def unique_rows(items: Iterable[H]) -> tuple[list[H], list[int]]:
+    """Distinct items in order of appearance, and for each given one its row among them."""
+    row_of: dict[H, int] = {}
+    rows = [row_of.setdefault(item, len(row_of)) for item in items]
     return list(row_of), rows

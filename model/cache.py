@@ -3,6 +3,8 @@
 import torch
 from transformers import DynamicCache
 
+from epalm.model.text import Equal
+
 
 class PrefixCache(DynamicCache):
     """Keys and values of the prefix, then of the text; its length counts the text alone.
@@ -11,10 +13,12 @@ class PrefixCache(DynamicCache):
         perceptual: t, the number of perceptual tokens. Layers below the first injection layer hold
             P prefix states, the others t + P.
         prefix_in_first_layer: one of these two.
+        equal: which of the texts are, until the first of them is run; None: all differ.
     """
 
     perceptual = 0
     prefix_in_first_layer = 0
+    equal: Equal | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         if layer_idx != 0:

@@ -1,10 +1,37 @@
 """How prompts and answers become token ids, alike in training and generation."""
 
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from epalm.config import TextConfig
+from epalm.data.grouping import unique_rows
 from epalm.errors import EpalmError
+
+
+class Equal(NamedTuple):
+    """Which of B texts are equal: U of them differ, and text b is text `first[row[b]]`.
+
+    Attributes:
+        first: (U,) index of the first of each.
+        row: (B,) which of the U each text is.
+    """
+
+    first: torch.Tensor
+    row: torch.Tensor
+
+    @classmethod
+    def among(cls, texts: Iterable[Hashable], device: torch.device | str = "cpu") -> "Equal":
+        """Found on the CPU, where the texts come from; a GPU would have to be waited for."""
+        _, rows = unique_rows(texts)
+        first = [rows.index(u) for u in range(max(rows, default=-1) + 1)]
+        return cls(torch.tensor(first, device=device), torch.tensor(rows, device=device))
+
+    def repeat(self, times: int) -> "Equal":
+        """Of texts that stand `times` times in a row each (beams)."""
+        return Equal(self.first * times, self.row.repeat_interleave(times))
 
 
 class TextCodec:
@@ -46,9 +73,9 @@ class TextCodec:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def pad_left(sequences: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(sequences: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids (B, T) and attention mask (B, T) of sequences padded on the left."""
     length = max(len(s) for s in sequences)
-    ids = torch.tensor([[pad] * (length - len(s)) + s for s in sequences])
+    ids = torch.tensor([[pad] * (length - len(s)) + list(s) for s in sequences])
     mask = torch.tensor([[0] * (length - len(s)) + [1] * len(s) for s in sequences])
     return ids, mask

@@ -35,7 +35,8 @@ class HDF5Backend:
         form = _form(little.shape, little.dtype)
         head = bytearray(form.head)
         head[form.valid : form.valid + len(valid)] = valid.astype(np.uint8).tobytes()
-        with replacing(self._path(shard)) as partial:
+        # `write_rows` flushes
+        with replacing(self._path(shard), flush=False) as partial:
             partial.write_bytes(head)
             return write_rows(partial, len(head), little, len(head) + little.nbytes)
 

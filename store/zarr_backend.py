@@ -42,7 +42,7 @@ class ZarrBackend:
             old.unlink()
         chunk = self._chunk(name, shard)
         little = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
-        with replacing(chunk) as partial:
+        with replacing(chunk, flush=False) as partial:  # `write_rows` flushes
             partial.touch()
             digest = write_rows(partial, 0, little, self._size(rows.dtype.name))
         mask = np.zeros(self.block_shape[0], np.uint8)

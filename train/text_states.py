@@ -1,0 +1,175 @@
+"""States of texts as they enter the first injection layer, cached like features.
+
+Where nothing below that layer is trained (eP-ALM_lin), the frozen LM's lower half makes the same
+states of a text at every step. They are kept in a feature set whose encoder is the LM's lower half,
+a row per text, a column per length; a training then runs the upper half alone.
+"""
+
+import hashlib
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from epalm.address import digest
+from epalm.config import Recipe
+from epalm.data.grouping import chunks
+from epalm.errors import EpalmError
+from epalm.model.augmented import AugmentedLM
+from epalm.model.load import model_folder
+from epalm.store.column import Column, ColumnWriter, Row
+from epalm.store.feature_set import FeatureSet, Layout
+from epalm.store.spec import ColumnSpec, FeatureSpec
+
+Text = tuple[int, ...]
+"""Token ids that enter the LM."""
+
+AT_ONCE = 64  # texts
+WAIT = 0.2  # s
+FREE_SHARE = 0.5  # of the free disk that `auto` may fill
+
+
+class TextStates:
+    """The texts' states in a feature set; computed where they are not there yet."""
+
+    def __init__(self, model: AugmentedLM, features: FeatureSet):
+        self.model, self.features = model, features
+        self.folder = features.folder
+        self._columns: dict[int, Column] = {}
+
+    def fill(self, texts: Iterable[Text]) -> None:
+        """Compute the states of texts that have none; safe to interrupt, shard by shard."""
+        by_length: dict[int, dict[Row, Text]] = defaultdict(dict)
+        for text in texts:
+            by_length[len(text)][_row(text)] = text
+        missing = {
+            length: rows
+            for length, rows in sorted(by_length.items())
+            if not all(row in self._column(length) for row in rows)
+        }
+        total = sum(len(rows) for rows in missing.values())
+        with tqdm(total=total, desc="text states", unit="text", disable=not total) as bar:
+            for length, rows in missing.items():
+                self._fill(length, rows, bar)
+
+    def fetch(self, texts: Sequence[Text]) -> torch.Tensor:
+        """(U, T, H) as stored, padded on the left with zeros; T: the longest's length."""
+        longest = max(map(len, texts))
+        out = np.zeros((len(texts), longest, self.features.spec.dim), self._dtype(texts))
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for place, text in enumerate(texts):
+            by_length[len(text)].append(place)
+        for length, places in by_length.items():
+            column = self._column(length)
+            rows = column.rows([_row(texts[p]) for p in places])
+            out[places, longest - length :] = column.gather(rows)[:, 0]
+        return torch.from_numpy(out)
+
+    def _fill(self, length: int, texts: dict[Row, Text], bar: "tqdm[Any]") -> None:
+        column = self._column(length)
+        writer = ColumnWriter(column)
+        bar.update(sum(row in column for row in texts))
+        while pending := writer.plan(list(texts)):
+            made = [self._make(shard, texts, writer) for shard in pending]
+            bar.update(sum(made))
+            if not any(made):
+                time.sleep(WAIT)  # other processes are at all of them
+
+    def _make(self, shard: int, texts: dict[Row, Text], writer: ColumnWriter) -> int:
+        """Make a planned shard; the number of its texts, 0 where another process has it."""
+        claim = writer.claim(shard)
+        if claim is None:
+            return 0
+        with claim.stream:
+            wanted = [texts[row] for row in claim.plan.rows]
+            states = torch.cat([self._states(some) for some in chunks(wanted, AT_ONCE)])
+            writer.write(claim.plan, states[:, None].numpy(), {})
+            return len(wanted)
+
+    @torch.inference_mode()
+    def _states(self, texts: Sequence[Text]) -> torch.Tensor:
+        """(U, T, H) float32 on the CPU, of texts of one length."""
+        ids = torch.tensor(texts, device=self.model.device)
+        return self.model.text_states(ids, torch.ones_like(ids)).float().cpu()
+
+    def _dtype(self, texts: Sequence[Text]) -> str:
+        dtypes = {self._column(length).dtype() for length in {len(t) for t in texts}}
+        return "float32" if "float32" in dtypes else dtypes.pop()
+
+    def _column(self, length: int) -> Column:
+        if length not in self._columns:
+            wanted = ColumnSpec(f"text{length}", length, (self.model.plan.start,))
+            (self._columns[length],) = self.features.columns_for(wanted)
+        return self._columns[length]
+
+
+def open_text_states(
+    recipe: Recipe, model: AugmentedLM, texts: Collection[Text]
+) -> TextStates | None:
+    """The cached states of the texts, computed where they are missing.
+
+    None where something below the first injection layer is trained, and where `auto` finds that the
+    training is too short to be worth it.
+
+    Raises:
+        EpalmError: the recipe insists on them, and they are not the same at every step.
+    """
+    wanted = recipe.train.text_states
+    possible = model.lower_is_frozen and not model.reference_mask
+    if wanted == "always" and not possible:
+        raise EpalmError(
+            "train.text_states: always, but this variant trains something below the first "
+            "injection layer, or injects at layer 0, or has the reference's mask; set it to auto"
+        )
+    uses = recipe.train.steps * recipe.train.batch_size
+    if not possible or wanted == "never" or (wanted == "auto" and uses < 2 * len(texts)):
+        return None
+    spec, root = text_spec(recipe, model), Path(recipe.store.root)
+    size = sum(map(len, texts)) * spec.dim * np.dtype(spec.dtype).itemsize
+    root.mkdir(parents=True, exist_ok=True)
+    if wanted == "auto" and size > FREE_SHARE * shutil.disk_usage(root).free:
+        tqdm.write(f"text states are not kept: {size / 1e9:,.1f} GB, too much for {root}")
+        return None
+    layout = Layout(recipe.store.backend, recipe.store.shard_rows, recipe.lm.weights)
+    states = TextStates(model, FeatureSet.create(root, spec, layout))
+    tqdm.write(f"text states: {size / 1e6:,.1f} MB of {len(texts):,} texts in {states.folder}")
+    states.fill(texts)
+    return states
+
+
+def text_spec(recipe: Recipe, model: AugmentedLM) -> FeatureSpec:
+    """What makes the states: the LM's weights and arithmetic."""
+    lm = model.lm
+    compute = str(lm.dtype).removeprefix("torch.")
+    return FeatureSpec(
+        modality="text",
+        encoder=f"lm/{type(lm).__name__}",
+        encoder_arguments={},
+        encoder_parameters=sum(p.numel() for p in lm.parameters()),
+        weights=_weights_digest(model_folder(recipe.lm.weights)),
+        layers=len(model.family.layers),
+        tokens=0,
+        dim=model.family.hidden_size,
+        final_norm=False,
+        compute=compute,
+        preprocess={},
+        dtype="float32" if compute == "float32" else "float16",
+    )
+
+
+def _weights_digest(folder: Path) -> str:
+    """SHA-256 over the LM's configuration and weight files."""
+    names = sorted(
+        p for pattern in ("config.json", "*.safetensors", "*.bin") for p in folder.glob(pattern)
+    )
+    return hashlib.sha256("".join(map(digest, names)).encode()).hexdigest()
+
+
+def _row(text: Text) -> Row:
+    return Row(hashlib.sha256(np.array(text, "<i8").tobytes()).hexdigest(), 0)
