@@ -20,6 +20,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor on a device. A GPU is not waited for: it copies when what it does now is done."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The LM's number format; `auto` is bfloat16 where the device multiplies in it natively.
 

@@ -21,11 +21,13 @@ from transformers import (
 
 from epalm.address import resolve
 from epalm.config import Recipe, load_recipe
+from epalm.data import load_dataset
+from epalm.extract.loop import extract
 from epalm.pipeline import main
 from epalm.train.batches import TrainingBatches
 from epalm.train.checkpoint import Progress
 from epalm.train.loop import Validate, train
-from epalm.train.parts import Parts
+from epalm.train.parts import Parts, assemble
 from epalm.train.run import Run
 
 EASY_VQA = "wheel:easy-vqa==1.0"
@@ -169,7 +171,7 @@ def toy(tmp_path: Path, easy_vqa: Path, opt_folder: Path, vit_folder: Path) -> C
             "decode": {"max_new_tokens": 3},
         }
         for name, section in sections.items():
-            tree[name] = tree[name] | section if isinstance(section, dict) else section
+            tree[name] = tree.get(name, {}) | section if isinstance(section, dict) else section
         path = tmp_path / "toy.yaml"
         path.write_text(yaml.safe_dump(tree))
         return path
@@ -180,6 +182,27 @@ def toy(tmp_path: Path, easy_vqa: Path, opt_folder: Path, vit_folder: Path) -> C
 @pytest.fixture
 def toy_recipe(toy: Callable[..., Path]) -> Recipe:
     return load_recipe(toy())
+
+
+@pytest.fixture(scope="session")
+def shared_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store for tests that only read features: the same images are encoded once for all."""
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture
+def prepare(
+    toy: Callable[..., Path], shared_features: Path, tmp_path: Path
+) -> Callable[..., Parts]:
+    """Extracts into the shared store and assembles a toy recipe with overrides."""
+
+    def build(*overrides: str) -> Parts:
+        own = {"store": {"root": str(shared_features)}, "data": {"name": tmp_path.name}}
+        recipe = load_recipe(toy(**own), overrides)
+        extract(recipe, load_dataset(recipe))
+        return assemble(recipe)
+
+    return build
 
 
 @pytest.fixture
@@ -198,6 +221,8 @@ def batches_of(parts: Parts) -> TrainingBatches:
     return TrainingBatches(examples, parts.features, parts.codec, parts.recipe, parts.device)
 
 
-def fit(run: Run, parts: Parts, validate: Validate | None) -> Progress:
+def fit(
+    run: Run, parts: Parts, validate: Validate | None, max_steps: int | None = None
+) -> Progress:
     """Train a run on its parts' training examples."""
-    return train(run, parts, batches_of(parts), validate)
+    return train(run, parts, batches_of(parts), validate, max_steps)

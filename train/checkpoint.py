@@ -14,6 +14,7 @@ from safetensors.torch import save
 
 from epalm.errors import EpalmError
 from epalm.model.augmented import AugmentedLM
+from epalm.model.weights import put_weights, trained_weights
 from epalm.store.atomic import write_atomic
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -26,27 +27,36 @@ class Progress:
     Attributes:
         step: optimiser steps done.
         best_score, best_step: of the best validation so far; -1: none yet.
+        stale: validations since then.
     """
 
     step: int = 0
     best_score: float = -1.0
     best_step: int = -1
+    stale: int = 0
 
 
 def save_weights(path: Path, model: AugmentedLM, progress: Progress) -> None:
     """Write the trained weights alone."""
-    _write(path, _weights(model), progress)
+    _write(path, trained_weights(model.trained), progress)
 
 
 def save_state(
     path: Path, model: AugmentedLM, optimiser: torch.optim.AdamW, progress: Progress
 ) -> None:
     """Write trained weights and optimiser state."""
-    tensors = _weights(model)
+    tensors = trained_weights(model.trained)
     for name, parameter in model.trained.named_parameters():
-        for moment in MOMENTS:
-            tensors[f"{moment}.{name}"] = optimiser.state[parameter][moment]
+        if parameter in optimiser.state:  # else the loss does not depend on it
+            for moment in MOMENTS:
+                tensors[f"{moment}.{name}"] = optimiser.state[parameter][moment]
     _write(path, tensors, progress)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's trained weights, as `trained_weights` names them; errors as below."""
+    tensors, _ = _read(path)
+    return {name: value for name, value in tensors.items() if not name.startswith(MOMENTS)}
 
 
 def load_weights(path: Path, model: AugmentedLM) -> Progress:
@@ -56,39 +66,23 @@ def load_weights(path: Path, model: AugmentedLM) -> Progress:
         EpalmError: no such file, unreadable, or of another variant.
     """
     tensors, progress = _read(path)
-    _put_weights(path, tensors, model)
+    put_weights(model.trained, tensors, str(path))
     return progress
 
 
 def load_state(path: Path, model: AugmentedLM, optimiser: torch.optim.AdamW) -> Progress:
     """Put back what `save_state` wrote; errors as in `load_weights`."""
     tensors, progress = _read(path)
-    _put_weights(path, tensors, model)
-    try:
-        for name, parameter in model.trained.named_parameters():
-            state = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in MOMENTS}
-            optimiser.state[parameter] = {"step": torch.tensor(float(progress.step)), **state}
-    except KeyError as error:
-        raise EpalmError(f"{path}: holds no optimiser state ({error}); cannot resume") from None
+    put_weights(model.trained, tensors, str(path))
+    for name, parameter in model.trained.named_parameters():
+        keys = {moment: f"{moment}.{name}" for moment in MOMENTS}
+        if set(keys.values()) <= tensors.keys():
+            state = {moment: tensors[key].to(parameter.device) for moment, key in keys.items()}
+            steps = torch.tensor(float(progress.step), device=parameter.device)  # as fused AdamW has
+            optimiser.state[parameter] = {"step": steps, **state}
+    if not optimiser.state:
+        raise EpalmError(f"{path}: holds no optimiser state; cannot resume")
     return progress
-
-
-def _put_weights(path: Path, tensors: dict[str, torch.Tensor], model: AugmentedLM) -> None:
-    weights = {
-        k.removeprefix("trained."): v for k, v in tensors.items() if k.startswith("trained.")
-    }
-    wanted = dict(model.trained.named_parameters())  # tied weights of a trained LM once
-    for name in sorted(wanted.keys() ^ weights.keys()):
-        state = "is missing" if name in wanted else "has no place"
-        raise EpalmError(f"{path}: does not fit the recipe's variant: {name} {state}")
-    try:
-        model.trained.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise EpalmError(f"{path}: does not fit the recipe's variant: {error}") from None
-
-
-def _weights(model: AugmentedLM) -> dict[str, torch.Tensor]:
-    return {f"trained.{name}": value for name, value in model.trained.named_parameters()}
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], progress: Progress) -> None:

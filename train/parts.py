@@ -1,17 +1,25 @@
 """Everything a recipe stands for, put together: dataset, features, LM, text, model."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
+from accelerate import Accelerator
 
 from epalm.config import Recipe
 from epalm.data import load_dataset
 from epalm.data.example import Dataset
-from epalm.device import choose_device
-from epalm.extract.lookup import FeatureTable, needed_views, open_features
+from epalm.errors import EpalmError
+from epalm.extract.encoder import Encoder, build
+from epalm.extract.lookup import FeatureTable
+from epalm.extract.sources import SourceTables, open_sources
 from epalm.model.augmented import AugmentedLM
 from epalm.model.load import load_lm, load_tokenizer
+from epalm.model.pretrained import AugmentedConfig
+from epalm.model.room import Room
 from epalm.model.text import TextCodec
+from epalm.store.spec import FeatureSpec, JointSpec
+from epalm.train.online import OnlineFeatures, open_online
+from epalm.train.processes import device_of, join_processes
 
 
 @dataclass
@@ -21,9 +29,16 @@ class Parts:
     recipe: Recipe
     device: torch.device
     dataset: Dataset
-    features: FeatureTable
+    features: FeatureTable | SourceTables | OnlineFeatures
     codec: TextCodec
     model: AugmentedLM
+    accelerator: Accelerator
+
+    @property
+    def room(self) -> Room:
+        """Places for text in the LM."""
+        all_tokens = self.recipe.encoder.tokens == "all"
+        return self.model.room(self.features.spec.tokens if all_tokens else 1)
 
     @property
     def trained_parameters(self) -> int:
@@ -31,35 +46,59 @@ class Parts:
 
     @property
     def total_parameters(self) -> int:
-        """Encoder, LM and trained parts."""
+        """Encoders, LM and trained parts."""
         ours = sum(p.numel() for p in self.model.parameters())  # a trained LM counts once
-        return ours + self.features.spec.encoder_parameters
+        trained = "encoder" in self.model.trained
+        return ours + (0 if trained else self.features.spec.encoder_parameters)
 
 
 def assemble(recipe: Recipe) -> Parts:
     """Load all parts; the trained ones are freshly initialised from the recipe's seed.
 
+    Each of several processes loads its own, onto its own device.
+
     Raises:
         EpalmError: whatever is missing or does not fit, data first, since it is cheapest to check.
     """
-    device = choose_device(recipe.device)
-    features, dataset = open_features(recipe, load_dataset(recipe))
-    views = needed_views(dataset, features.views)
-    keys = [(media, view) for media, some in views.items() for view in some]
-    features.place(keys, recipe.store.placement, device)
-    model, codec = build_model(recipe, features.spec.layers, features.spec.dim, device)
-    return Parts(recipe, device, dataset, features, codec, model)
+    accelerator = join_processes(recipe.device)
+    if recipe.lm.device_map and accelerator.num_processes > 1:
+        raise EpalmError(
+            "lm.device_map: one process has all devices; start it without accelerate launch, or "
+            "set it to null"
+        )
+    device = device_of(accelerator, recipe.device)
+    features: FeatureTable | SourceTables | OnlineFeatures
+    if recipe.encoder.online:
+        features, dataset = open_online(recipe, load_dataset(recipe), device, accelerator)
+        model, codec = build_model(recipe, features.spec, device, features.encoder)
+    else:
+        features, dataset = open_sources(recipe, device)
+        model, codec = build_model(recipe, features.spec, device)
+    parts = Parts(recipe, device, dataset, features, codec, model, accelerator)
+    answered = [e.prompt for e in dataset.examples if e.split in ("val", recipe.evaluate.split)]
+    parts.room.check_prompts(codec, answered, recipe.decode.max_new_tokens)
+    return parts
 
 
 def build_model(
-    recipe: Recipe, encoder_layers: int, encoder_dim: int, device: torch.device
+    recipe: Recipe,
+    spec: FeatureSpec | JointSpec,
+    device: torch.device,
+    encoder: Encoder | None = None,
 ) -> tuple[AugmentedLM, TextCodec]:
-    """The augmented LM and its text codec, for an encoder of this depth and width."""
-    wanted = recipe.lm
-    if recipe.variant.train_lm and wanted.dtype == "auto":
-        wanted = wanted.model_copy(update={"dtype": "float32"})
-    lm = load_lm(wanted, device)
-    tokenizer = load_tokenizer(recipe.lm, recipe.text, lm.get_input_embeddings().weight.shape[0])
+    """The augmented LM and its text codec, for features of this spec, or of these sources.
+
+    Args:
+        encoder: becomes a trained part where the recipe trains it; not needed elsewhere.
+    """
+    lm = load_lm(recipe.lm, device, recipe.variant.train_lm)
+    rows = lm.get_input_embeddings().weight.shape[0]
+    codec = TextCodec(load_tokenizer(recipe.lm.weights, recipe.text, rows), recipe.text)
     torch.manual_seed(recipe.seed)
-    model = AugmentedLM.from_config(lm, recipe.variant, encoder_layers, encoder_dim)
-    return model, TextCodec(tokenizer, recipe.text)
+    model = AugmentedLM.from_config(lm, recipe.variant, spec.layers, spec.dim)
+    if isinstance(spec, FeatureSpec):
+        model.origin = AugmentedConfig.of_recipe(recipe, asdict(spec), spec.fingerprint)
+    model.codec = codec
+    if recipe.encoder.train:
+        model.trained["encoder"] = (encoder or build(recipe, device)).model
+    return model, codec

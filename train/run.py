@@ -2,11 +2,12 @@
 
 RUNS/NAME/
     recipe.yaml                  the recipe, resolved
-    features.json                what made the features it was trained on (FeatureSpec)
+    features.json                what made its features (FeatureSpec, or JointSpec)
     metrics.jsonl                one line per logged step and per validation
     tensorboard/                 the same for TensorBoard
     checkpoints/last.safetensors, best.safetensors
     stages.json                  time and rate of each stage
+    not-finite-STEP.json, .safetensors   the batch that stopped a training (docs/training.md)
     predictions.jsonl, predictions-shuffled.jsonl, scores.json, loss.png, examples.html
 """
 
@@ -18,23 +19,28 @@ from typing import Any
 from epalm.config import Recipe, dump_recipe, load_recipe
 from epalm.errors import EpalmError
 from epalm.store.atomic import read_json_lines, write_atomic
-from epalm.store.spec import FeatureSpec
+from epalm.store.spec import FeatureSpec, JointSpec, read_spec
 from epalm.store.stage import Stage
 
-FREE_TO_CHANGE = {"evaluate", "device", "runs"}
-"""Recipe fields that may differ when a training is resumed."""
+FREE_TO_CHANGE = {"evaluate", "device", "runs", "lm.device_map", "train.accumulate"}
+"""Recipe fields and sections that may differ when a training is resumed."""
 
 
 class Run:
-    """Paths and small files of one run."""
+    """Paths and small files of one run.
+
+    Attributes:
+        writes: False in all of several processes but one.
+    """
 
     def __init__(self, folder: Path, recipe: Recipe):
-        self.folder, self.recipe = folder, recipe
+        self.folder, self.recipe, self.writes = folder, recipe, True
         self.last = folder / "checkpoints" / "last.safetensors"
         self.best = folder / "checkpoints" / "best.safetensors"
         self.metrics = folder / "metrics.jsonl"
         self.scores = folder / "scores.json"
         self._stages = folder / "stages.json"
+        self._features = folder / "features.json"
 
     @classmethod
     def create(cls, recipe: Recipe, overwrite: bool = False) -> "Run":
@@ -43,7 +49,8 @@ class Run:
         Raises:
             EpalmError: the folder holds a run of another recipe, or something else.
         """
-        folder = Path(recipe.runs) / recipe.name
+        run = cls.of(recipe)
+        folder = run.folder
         written = folder / "recipe.yaml"
         if written.is_file() and overwrite:
             shutil.rmtree(folder)
@@ -58,7 +65,12 @@ class Run:
         elif folder.is_dir() and any(folder.iterdir()):
             raise EpalmError(f"{folder}: not empty and not a run; choose another name")
         write_atomic(written, dump_recipe(recipe))
-        return cls(folder, recipe)
+        return run
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Run":
+        """The recipe's run, whether it is there or not."""
+        return cls(Path(recipe.runs) / recipe.name, recipe)
 
     @classmethod
     def open(cls, folder: str | Path, overrides: tuple[str, ...] = ()) -> "Run":
@@ -71,32 +83,54 @@ class Run:
             raise EpalmError(f"{folder}: holds no trained weights ({run.last}); run `train` first")
         return run
 
-    def bind_features(self, spec: FeatureSpec) -> None:
+    def bind_features(self, spec: FeatureSpec | JointSpec) -> None:
         """Record what made the features, or compare with what was recorded.
 
         Raises:
             EpalmError: the run was trained on other features (encoder weights replaced, say).
         """
-        path = self.folder / "features.json"
-        if not path.is_file():
-            write_atomic(path, spec.canonical())
-            return
-        try:
-            recorded = FeatureSpec.from_json(path.read_text(encoding="utf-8"))
-        except (ValueError, TypeError):
-            raise EpalmError(f"{path}: not readable by this version; train again") from None
-        if recorded != spec:
+        recorded = self.recorded_features()
+        if recorded is None:
+            self.write(self._features, spec.canonical())
+        elif recorded != spec:
             lines = "\n".join(f"  {line}" for line in spec.differences(recorded))
             raise EpalmError(
                 f"{self.folder}: trained on other features:\n{lines}\nprovide the encoder it was "
                 "trained with, or train again under another name"
             )
 
+    def recorded_features(self) -> FeatureSpec | JointSpec | None:
+        """What made the features it was trained on; None: not recorded yet.
+
+        Raises:
+            EpalmError: the record cannot be read.
+        """
+        if not self._features.is_file():
+            return None
+        try:
+            return read_spec(self._features.read_text(encoding="utf-8"))
+        except (ValueError, TypeError):
+            raise EpalmError(
+                f"{self._features}: not readable by this version; train again"
+            ) from None
+
+    def write(self, path: Path, content: str) -> None:
+        """Write one of the run's files, in the process that writes."""
+        if self.writes:
+            write_atomic(path, content)
+
+    def weights(self, checkpoint: str) -> Path:
+        """The checkpoint called `best` or `last`.
+
+        A run that was stopped before its first validation has no best one yet; then it is the last.
+        """
+        return self.last if checkpoint == "last" or not self.best.is_file() else self.best
+
     def add_stage(self, name: str, stage: Stage) -> None:
         """Record what a stage took; one recorded before is replaced."""
         known = self.stages() | {name: stage}
         text = json.dumps({key: value._asdict() for key, value in known.items()}, indent=2)
-        write_atomic(self._stages, text)
+        self.write(self._stages, text)
 
     def stages(self) -> dict[str, Stage]:
         """The stages recorded so far, by name."""
@@ -126,6 +160,6 @@ def _differences(old: Recipe, new: Recipe) -> list[str]:
             continue
         for key in type(before).model_fields:
             one, other = getattr(before, key), getattr(after, key)
-            if one != other:
+            if one != other and f"{name}.{key}" not in FREE_TO_CHANGE:
                 found.append(f"{name}.{key}: {one!r} there, {other!r} wanted")
     return found
