@@ -8,9 +8,11 @@ text on top of it. Generation uses the same two.
 
 Shapes: B texts, M media, n encoder layers used, t perceptual tokens of each (1 but for MAGMA*), P
 prompt tokens, T text tokens, D encoder width, H LM width, V vocabulary, S = t + P + T. Features
-(M, n, t, D) may be given as (M, n, D) where t is 1.
+(M, n, t, D) may be given as (M, n, D) where t is 1, and those of several sources by name: see
+`Features`.
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
@@ -23,23 +25,26 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from epalm.config import VariantConfig
 from epalm.model.adapters import Adapters
 from epalm.model.cache import PrefixCache
-from epalm.model.connection import Connection
+from epalm.model.connection import Connection, Connections, Features, tokens_of
 from epalm.model.deep_prompt import DeepPrompt
 from epalm.model.families import family_of
 from epalm.model.injection import InjectionPlan
 from epalm.model.masks import joint_mask, prefix_mask, text_mask
 from epalm.model.prefix import Prefix
+from epalm.model.pretrained import PretrainedMixin
+from epalm.model.room import Room, Wanted
 from epalm.model.soft_prompt import SoftPrompt
+from epalm.model.text import Equal
 from epalm.model.variant import make_adapters, make_connection, make_prompt, trains_lm
 
 
-class AugmentedLM(nn.Module, GenerationMixin):
+class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
     """A frozen LM with its trained parts in `trained`; nothing else is ever saved.
 
     Args:
         lm: any causal LM of a known family; its weights are frozen.
         plan: where perceptual tokens enter.
-        connection: features to perceptual tokens.
+        connection: features to perceptual tokens; of several sources, one for each.
         prompt: soft or deep prompt; None for eP-ALM_lin.
         adapters: of eP-ALM_ada; None for the others.
         train_lm: the LM's weights are trained and saved too (table 12).
@@ -53,7 +58,7 @@ class AugmentedLM(nn.Module, GenerationMixin):
         self,
         lm: PreTrainedModel,
         plan: InjectionPlan,
-        connection: Connection,
+        connection: Connection | Connections,
         prompt: SoftPrompt | DeepPrompt | None = None,
         adapters: Adapters | None = None,
         train_lm: bool = False,
@@ -80,9 +85,17 @@ class AugmentedLM(nn.Module, GenerationMixin):
 
     @classmethod
     def from_config(
-        cls, lm: PreTrainedModel, variant: VariantConfig, encoder_layers: int, encoder_dim: int
+        cls,
+        lm: PreTrainedModel,
+        variant: VariantConfig,
+        encoder_layers: int,
+        encoder_dim: int | Mapping[str, int],
     ) -> "AugmentedLM":
         """A recipe's variant on this LM, its trained parts in float32 on the LM's device.
+
+        Args:
+            encoder_layers: that the encoder has; of several, that all of them have.
+            encoder_dim: D; of several sources, by name.
 
         Raises:
             EpalmError: what the LM or an encoder of this depth cannot have.
@@ -116,12 +129,20 @@ class AugmentedLM(nn.Module, GenerationMixin):
         except AttributeError:
             return getattr(super().__getattr__("lm"), name)
 
+    def room(self, perceptual: int = 1) -> Room:
+        """Places for text behind so many perceptual tokens of a media."""
+        taken = perceptual + self.prompt_length if self.family.prefix_takes_places else 0
+        return Room(self.config.max_position_embeddings, taken)
+
     def states(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
-        features: torch.Tensor,
+        features: Features,
         rows: torch.Tensor | None = None,
+        equal: Equal | None = None,
+        text_states: torch.Tensor | None = None,
+        last: int | None = None,
     ) -> torch.Tensor:
         """States (B, T, H) of the text at the last layer, before the final norm.
 
@@ -130,14 +151,17 @@ class AugmentedLM(nn.Module, GenerationMixin):
             attention_mask: (B, T) 1 for real tokens, 0 for pads.
             features: (M, n, t, D) of the media, ascending encoder layers.
             rows: (B,) which media each text is about; None: M = B, in order.
+            equal: as in `extend`.
+            text_states: as in `extend`; no meaning with the reference's mask.
+            last: only those of the last so many tokens are wanted: (B, last, H).
         """
         if self.reference_mask:
-            own = features if rows is None else features[rows]
-            return self.joint_states(input_ids, attention_mask, own)[:, -input_ids.shape[1] :]
+            states = self.joint_states(input_ids, attention_mask, features, rows)
+            return states[:, -(last or input_ids.shape[1]) :]
         cache = self.perceive(features, rows)
-        return self.extend(cache, input_ids, attention_mask, keep_cache=False)
+        return self.extend(cache, input_ids, attention_mask, False, equal, text_states, last)
 
-    def perceive(self, features: torch.Tensor, rows: torch.Tensor | None = None) -> PrefixCache:
+    def perceive(self, features: Features, rows: torch.Tensor | None = None) -> PrefixCache:
         """Run the prefix alone; what it leaves is for `extend`.
 
         Layers below the first injection layer have one row in the cache, since all media are the
@@ -155,7 +179,9 @@ class AugmentedLM(nn.Module, GenerationMixin):
             hidden = self._run(self.lower, hidden, lower, cache, prefix)
         upper = self._call(hidden, places, no_text, len(places),
                            prefix_mask(len(places), self.device))  # fmt: skip
-        self._run(self.upper, hidden, upper, cache, prefix)
+        hidden = self._run(self.upper[:-1], hidden, upper, cache, prefix)
+        with cache.keys_only():
+            self._run(self.upper[-1:], hidden, upper, cache, prefix)
         cache.prefix_in_first_layer = cache.get_seq_length()
         if rows is not None:
             cache.take(self.upper, rows)
@@ -167,6 +193,9 @@ class AugmentedLM(nn.Module, GenerationMixin):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         keep_cache: bool = True,
+        equal: Equal | None = None,
+        text_states: torch.Tensor | None = None,
+        last: int | None = None,
     ) -> torch.Tensor:
         """Run text (B, Q) after the cache; states (B, Q, H).
 
@@ -178,39 +207,56 @@ class AugmentedLM(nn.Module, GenerationMixin):
             input_ids: (B, Q) the new tokens.
             attention_mask: (B, T) of all text, the new tokens last.
             keep_cache: False when nothing will be run after this text.
+            equal: which texts are, where the first text is run; None: all differ.
+            text_states: (U, Q, H) of the texts that differ as they enter the first injection layer,
+                from `text_states`; what is below need not be run then. Not with `keep_cache`.
+            last: only the states of the last so many tokens are wanted: (B, last, H).
         """
         queries, length = input_ids.shape[1], cache.perceptual + self.prompt_length
-        upper_mask = text_mask(length, attention_mask, queries)
-        positions = _positions(attention_mask)
-        ids, upper_positions = input_ids, positions[:, -queries:]
-        equal_to = None
-        if self.lower and cache.get_seq_length() == 0:
-            texts, equal_to = torch.stack((ids, attention_mask)).unique(dim=1, return_inverse=True)
-            ids, attention_mask = texts
-            cache.take(self.lower, ids.new_zeros(len(ids)))
-            positions = _positions(attention_mask)
-        positions = positions[:, -queries:]
-        hidden = self.family.embed_text(ids, positions)
+        positions = _positions(attention_mask)[:, -queries:]
         no_places = positions.new_zeros(0)
-        lower_mask = text_mask(self.prompt_length, attention_mask, queries)
-        lower = self._call(hidden, no_places, positions, length, lower_mask)
-        hidden = self._run(self.lower, hidden, lower, cache)
-        if equal_to is not None:
-            hidden = hidden[equal_to]
-            if keep_cache:
-                cache.take(self.lower, equal_to)
-        upper = self._call(hidden, no_places, upper_positions, length, upper_mask)
-        return self._run(self.upper, hidden, upper, cache)
+        if text_states is not None:
+            hidden = text_states.to(self.dtype)
+        else:
+            hidden = self._run_lower(cache, input_ids, attention_mask, equal)
+            if equal is not None and keep_cache:
+                cache.take(self.lower, equal.row)
+        if equal is not None:
+            hidden = hidden[equal.row]
+        mask = text_mask(length, attention_mask, queries)
+        upper = self._call(hidden, no_places, positions, length, mask)
+        if last is None or last >= queries:
+            return self._run(self.upper, hidden, upper, cache)
+        hidden = self._run(self.upper[:-1], hidden, upper, cache)
+        for part in (slice(None, -last), slice(-last, None)):
+            mask_of_part = mask[:, :, part, : mask.shape[3] + (part.stop or 0)]
+            top = self._call(hidden[:, part], no_places, positions[:, part], length, mask_of_part)
+            with cache.keys_only() if part.stop else nullcontext():
+                states = self._run(self.upper[-1:], hidden[:, part], top, cache)
+        return states
+
+    def text_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """States (B, T, H) of text entering the first injection layer, where only the frozen LM and
+        the text make them (see `lower_is_frozen`)."""
+        return self._run_lower(None, input_ids, attention_mask, None)
+
+    @property
+    def lower_is_frozen(self) -> bool:
+        """Nothing below the first injection layer is trained, and something is there."""
+        return bool(self.lower) and self.trained.keys() <= {"connection", "encoder"}
 
     def joint_states(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, features: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        features: Features,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the whole sequence at once, as the official code does: states (B, S, H).
 
         The only way with the reference's mask; with the causal one, a slower way to the same.
-        Here M = B.
         """
-        prefix = self._prefix(features)
+        prefix = self._prefix(features, rows)
         tokens = prefix.tokens.shape[2]
         positions = _positions(attention_mask)
         text = self.family.embed_text(input_ids, positions)
@@ -228,23 +274,27 @@ class AugmentedLM(nn.Module, GenerationMixin):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        features: torch.Tensor | None = None,
+        features: Features | None = None,
         past_key_values: PrefixCache | None = None,
         logits_to_keep: int = 0,
+        rows: torch.Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, Q, V), in the form Hugging Face's generation expects.
 
-        Either `features` (B, n, t, D) or a cache from `perceive` must be given; other keyword
-        arguments of Hugging Face models have no meaning here.
+        Either `features`, with `rows` as in `states`, or a cache from `perceive` must be given;
+        other keyword arguments of Hugging Face models have no meaning here.
         """
         if attention_mask is None:  # as Hugging Face leaves it when nothing is padded
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
         if past_key_values is not None:
-            hidden = self.extend(past_key_values, input_ids, attention_mask)
+            equal, past_key_values.equal = past_key_values.equal, None
+            hidden = self.extend(
+                past_key_values, input_ids, attention_mask, equal=equal, last=logits_to_keep or None
+            )
         elif features is not None:
-            hidden = self.states(input_ids, attention_mask, features)
+            hidden = self.states(input_ids, attention_mask, features, rows)
         else:
             raise ValueError("give features, or a cache made by perceive()")
         return CausalLMOutputWithPast(
@@ -255,36 +305,72 @@ class AugmentedLM(nn.Module, GenerationMixin):
     def generate(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        features: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        features: Features,
         rows: torch.Tensor | None = None,
         use_cache: bool = True,
-        num_beams: int = 1,
         **options: Any,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Hugging Face's `generate` on left-padded prompts (B, T); ids (B, T + new tokens).
 
+        With `num_return_sequences` the rows of a text follow one another, as there.
+
         Args:
-            input_ids, attention_mask, features, rows: as in `states`.
+            input_ids, features, rows: as in `states`.
+            attention_mask: as in `states`; None: nothing is padded.
             use_cache: False recomputes the whole sequence for each token; the reference's mask
                 leaves no other way.
-            num_beams: beams per text.
-            options: any further option of Hugging Face's `generate`.
+            options: any of Hugging Face's `generate` (num_beams, do_sample, top_p, …).
+
+        Raises:
+            EpalmError: the LM has no room for so many tokens.
         """
         if rows is None:
             rows = torch.arange(len(input_ids), device=input_ids.device)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        wanted = Wanted.of(options, self.generation_config, input_ids.shape[1])
+        room = self.room(tokens_of(features))
+        room.check_generation(int(attention_mask.sum(dim=1).max()), wanted.new_tokens)
         source: dict[str, Any]
         if use_cache and not self.reference_mask:
-            cache = self.perceive(features, rows.repeat_interleave(num_beams))
+            cache = self.perceive(features, rows.repeat_interleave(wanted.copies))
+            texts = map(tuple, torch.cat((input_ids, attention_mask), dim=1).tolist())
+            cache.equal = Equal.among(texts, self.device).repeat(wanted.copies)
             source = {"past_key_values": cache, "use_cache": True}
-        else:
+        elif isinstance(features, torch.Tensor):
             source = {"features": features[rows], "use_cache": False}
-        return super().generate(
-            input_ids, attention_mask=attention_mask, num_beams=num_beams, **source, **options
-        )
+        else:  # Hugging Face repeats tensors for each beam, and leaves a mapping alone
+            source = {"features": features, "rows": rows, "use_cache": False}
+        return super().generate(input_ids, attention_mask=attention_mask, **source, **options)
 
-    def _prefix(self, features: torch.Tensor) -> Prefix:
-        """What stands before texts about media with these features (M, n, t, D)."""
+    def _run_lower(
+        self,
+        cache: PrefixCache | None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        equal: Equal | None,
+    ) -> torch.Tensor:
+        """States (U, Q, H) entering the first injection layer, of the texts that differ.
+
+        Arguments as in `extend`; without a cache there is no prompt.
+        """
+        if equal is not None:
+            input_ids, attention_mask = input_ids[equal.first], attention_mask[equal.first]
+        queries = input_ids.shape[1]
+        if cache is not None and cache.get_seq_length() == 0:
+            cache.take(self.lower, input_ids.new_zeros(len(input_ids)))
+        positions = _positions(attention_mask)[:, -queries:]
+        hidden = self.family.embed_text(input_ids, positions)
+        tokens = cache.perceptual if cache is not None else 0
+        mask = text_mask(self.prompt_length, attention_mask, queries)
+        lower = self._call(
+            hidden, positions.new_zeros(0), positions, tokens + self.prompt_length, mask
+        )
+        return self._run(self.lower, hidden, lower, cache)
+
+    def _prefix(self, features: Features, rows: torch.Tensor | None = None) -> Prefix:
+        """What stands before texts about media with these features; with `rows`, one for each."""
         if "soft_prompt" in self.trained:
             words = self.trained["soft_prompt"]().to(self.dtype)
             prompts = self.family.embed_prompt(words)[None]
@@ -293,7 +379,8 @@ class AugmentedLM(nn.Module, GenerationMixin):
         else:
             width = self.family.hidden_size
             prompts = torch.empty(1, 0, width, dtype=self.dtype, device=self.device)
-        return Prefix(self.plan, self.trained["connection"](features).to(self.dtype), prompts)
+        tokens = self.trained["connection"](features).to(self.dtype)
+        return Prefix(self.plan, tokens if rows is None else tokens[rows], prompts)
 
     def _call(
         self,

@@ -1,9 +1,17 @@
 """Keys and values of the prefix and the text after it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from transformers import DynamicCache
 
 from epalm.model.text import Equal
+
+
+class _KeysKept(Exception):
+    """A layer has come as far as it is wanted."""
 
 
 class PrefixCache(DynamicCache):
@@ -19,6 +27,28 @@ class PrefixCache(DynamicCache):
     perceptual = 0
     prefix_in_first_layer = 0
     equal: Equal | None = None
+    _keys_only = False
+
+    @contextmanager
+    def keys_only(self) -> Iterator[None]:
+        """Within it, a layer that is called ends once its keys and values are kept.
+
+        In the last layer nothing else is wanted of a state that no token is predicted from. Its
+        attention and feed-forward part are not run.
+        """
+        self._keys_only = True
+        try:
+            yield
+        except _KeysKept:
+            pass
+        finally:
+            self._keys_only = False
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        found: tuple[torch.Tensor, torch.Tensor] = super().update(*args, **kwargs)
+        if self._keys_only:
+            raise _KeysKept
+        return found
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         if layer_idx != 0:
@@ -29,5 +59,6 @@ class PrefixCache(DynamicCache):
         """In these layers, let row b become what row `rows[b]` was."""
         for layer in self.layers[layers.start : layers.stop]:
             if layer.is_initialized:
-                layer.keys = layer.keys.index_select(0, rows)
-                layer.values = layer.values.index_select(0, rows)
+                own = rows.to(layer.keys.device)  # another one where the LM is spread over several
+                layer.keys = layer.keys.index_select(0, own)
+                layer.values = layer.values.index_select(0, own)

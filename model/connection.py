@@ -1,8 +1,17 @@
 """The connection C of the paper's equation 1: linear, from encoder width D to LM width H."""
 
+from collections.abc import Mapping
+from typing import TypeAlias
+
 import torch
 from torch import nn
 from torch.nn.functional import normalize
+
+from epalm.device import send
+
+Features: TypeAlias = torch.Tensor | Mapping[str, torch.Tensor]
+"""(M, n, [t,] D) of M media; of several sources (M_s, n, [t,] D_s) by name, M media in all, those
+of a source together."""
 
 
 class Connection(nn.Module):
@@ -50,3 +59,29 @@ class Connection(nn.Module):
         if self.scale is not None:
             tokens = tokens * self.scale + self.bias
         return tokens
+
+
+class Connections(nn.Module):
+    """A connection for each of several sources, all with as many levels."""
+
+    def __init__(self, of: Mapping[str, Connection]):
+        super().__init__()
+        self.of = nn.ModuleDict(of)
+        self.levels = next(iter(of.values())).levels
+
+    def forward(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(M_s, n, [t,] D_s) features by source to (M, n, t, H), source after source."""
+        return torch.cat([self.of[name](own) for name, own in features.items()])
+
+
+def tokens_of(features: Features) -> int:
+    """t, the perceptual tokens of a media and level."""
+    some = features if isinstance(features, torch.Tensor) else next(iter(features.values()))
+    return some.shape[2] if some.ndim == 4 else 1
+
+
+def to_device(features: Features, device: torch.device) -> Features:
+    """The features on a device, as `send` brings them there."""
+    if isinstance(features, torch.Tensor):
+        return send(features, device)
+    return {name: send(own, device) for name, own in features.items()}

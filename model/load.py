@@ -1,5 +1,6 @@
 """Loading the frozen LM and its tokenizer from an address."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -19,12 +22,17 @@ from epalm.address import cache_dir, digest, resolve
 from epalm.config import LMConfig, TextConfig
 from epalm.device import choose_dtype
 from epalm.errors import EpalmError
+from epalm.model.spread import check_room, return_outputs
 
 
-def load_lm(config: LMConfig, device: torch.device) -> PreTrainedModel:
-    """The LM in evaluation mode on the device; EpalmError when it cannot be had."""
-    folder = _folder(config.weights)
-    dtype = choose_dtype(config.dtype, device)
+def load_lm(config: LMConfig, device: torch.device, trained: bool = False) -> PreTrainedModel:
+    """The LM in evaluation mode on the device; EpalmError when it cannot be had.
+
+    Args:
+        trained: it will be trained, or has been: `auto` is float32 then.
+    """
+    folder = model_folder(config.weights)
+    dtype = choose_dtype("float32" if trained and config.dtype == "auto" else config.dtype, device)
     logging.disable_progress_bar()
     try:
         lm = AutoModelForCausalLM.from_pretrained(
@@ -32,23 +40,31 @@ def load_lm(config: LMConfig, device: torch.device) -> PreTrainedModel:
             dtype=dtype,
             attn_implementation="sdpa",  # our masks are boolean, eager attention would add them
             local_files_only=True,
+            device_map=config.device_map,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise EpalmError(_not_loadable(config.weights, folder, error)) from None
-    return lm.to(device).eval()
+    if config.device_map is None:
+        return lm.to(device).eval()
+    check_room(lm)
+    return_outputs(lm)
+    return lm.eval()
 
 
-def load_tokenizer(lm: LMConfig, text: TextConfig, vocabulary_rows: int) -> PreTrainedTokenizerBase:
-    """The LM's tokenizer with the recipe's special tokens, padding on the left.
+def load_tokenizer(address: str, text: TextConfig, vocabulary_rows: int) -> PreTrainedTokenizerBase:
+    """The tokenizer at an address, with the recipe's special tokens, padding on the left.
+
+    Args:
+        address: of the LM, or of a folder with its tokenizer alone.
 
     Raises:
         EpalmError: none there, no end token, or special tokens beyond the LM's embedding rows.
     """
-    folder = _folder(lm.weights)
+    folder = model_folder(address)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise EpalmError(_not_loadable(lm.weights, folder, error)) from None
+        raise EpalmError(_not_loadable(address, folder, error)) from None
     if tokenizer.eos_token_id is None:
         raise EpalmError(f"lm.weights: the tokenizer in {folder} has no end-of-text token")
     if text.special_tokens:
@@ -64,7 +80,33 @@ def load_tokenizer(lm: LMConfig, text: TextConfig, vocabulary_rows: int) -> PreT
     return tokenizer
 
 
-def _folder(address: str) -> Path:
+def load_lm_config(address: str) -> PreTrainedConfig:
+    """What the LM is made of, without its weights; EpalmError when it cannot be had."""
+    folder = model_folder(address)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise EpalmError(_not_loadable(address, folder, error)) from None
+
+
+def lm_without_weights(address: str) -> PreTrainedModel:
+    """The LM on the device `meta`, which knows shapes alone; EpalmError when it cannot be had."""
+    config = load_lm_config(address)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def lm_digest(address: str) -> str:
+    """SHA-256 over the LM's configuration and weights; EpalmError when they cannot be had."""
+    found = resolve(address)
+    if found.is_file():
+        return digest(found)
+    patterns = ("config.json", "*.safetensors", "*.bin")
+    files = sorted(path for pattern in patterns for path in found.glob(pattern))
+    return hashlib.sha256("".join(map(digest, files)).encode()).hexdigest()
+
+
+def model_folder(address: str) -> Path:
     """A folder in Hugging Face's format for the address."""
     found = resolve(address)
     if found.suffix == ".gguf":

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from epalm.config import TextConfig
-from epalm.data.grouping import unique_rows
+from epalm.device import send
 from epalm.errors import EpalmError
 
 
@@ -25,9 +25,15 @@ class Equal(NamedTuple):
     @classmethod
     def among(cls, texts: Iterable[Hashable], device: torch.device | str = "cpu") -> "Equal":
         """Found on the CPU, where the texts come from; a GPU would have to be waited for."""
-        _, rows = unique_rows(texts)
-        first = [rows.index(u) for u in range(max(rows, default=-1) + 1)]
-        return cls(torch.tensor(first, device=device), torch.tensor(rows, device=device))
+        number: dict[Hashable, int] = {}
+        first: list[int] = []
+        rows: list[int] = []
+        for place, text in enumerate(texts):
+            if text not in number:
+                number[text] = len(first)
+                first.append(place)
+            rows.append(number[text])
+        return cls(send(torch.tensor(first), device), send(torch.tensor(rows), device))
 
     def repeat(self, times: int) -> "Equal":
         """Of texts that stand `times` times in a row each (beams)."""

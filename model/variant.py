@@ -1,12 +1,15 @@
 """The trained parts that a recipe's variant asks for, freshly initialised."""
 
+from collections.abc import Mapping
+
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from epalm.config import VariantConfig
 from epalm.errors import EpalmError
 from epalm.model.adapters import Adapters
-from epalm.model.connection import Connection
+from epalm.model.connection import Connection, Connections
 from epalm.model.deep_prompt import DeepPrompt
 from epalm.model.families import family_of
 from epalm.model.families.base import LMFamily
@@ -15,8 +18,23 @@ from epalm.model.soft_prompt import SoftPrompt
 _AT_ONCE = 4096  # words
 
 
-def make_connection(variant: VariantConfig, lm: PreTrainedModel, dim: int) -> Connection:
-    """The connection from an encoder of this width."""
+def make_connection(
+    variant: VariantConfig, lm: PreTrainedModel, dim: int | Mapping[str, int]
+) -> Connection | Connections:
+    """The connection from an encoder of this width, or one for each source by name.
+
+    Raises:
+        EpalmError: a source's name that PyTorch has taken.
+    """
+    if not isinstance(dim, int):
+        for name in dim:
+            if hasattr(nn.ModuleDict(), name):
+                raise EpalmError(f"also.{name}: this name is taken by PyTorch; rename the source")
+        return Connections({name: _connection(variant, lm, own) for name, own in dim.items()})
+    return _connection(variant, lm, dim)
+
+
+def _connection(variant: VariantConfig, lm: PreTrainedModel, dim: int) -> Connection:
     hidden = family_of(lm).hidden_size
     norm = None
     if variant.token_norm != "free":

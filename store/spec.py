@@ -59,7 +59,7 @@ class FeatureSpec:
         """Equal, where an empty `weights` on this side stands for any."""
         return self == other or (not self.weights and replace(other, weights="") == self)
 
-    def differing(self, other: "FeatureSpec") -> dict[str, tuple[Any, Any]]:
+    def differing(self, other: "FeatureSpec | JointSpec") -> dict[str, tuple[Any, Any]]:
         """This spec's and the other's value of each field, dotted, in which they differ."""
         mine, theirs = _flat(asdict(self)), _flat(asdict(other))
         return {
@@ -68,7 +68,7 @@ class FeatureSpec:
             if mine.get(key) != theirs.get(key)
         }
 
-    def differences(self, other: "FeatureSpec") -> list[str]:
+    def differences(self, other: "FeatureSpec | JointSpec") -> list[str]:
         """One line per field in which the spec that is there differs from this, the wanted one."""
         return [
             f"{key}: {theirs!r} there, {mine!r} wanted"
@@ -79,6 +79,59 @@ class FeatureSpec:
     def from_json(cls, text: str) -> "FeatureSpec":
         """Read `canonical()` back; ValueError or TypeError when it is something else."""
         return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class JointSpec:
+    """The specs of several sources' features, by source name; what a FeatureSpec says of one.
+
+    Attributes:
+        layers: number of layers that all their encoders have.
+        dim: width of each source's tokens.
+        tokens: the largest number of tokens of a layer.
+        encoder_parameters: of all encoders together.
+    """
+
+    sources: dict[str, FeatureSpec]
+
+    @property
+    def layers(self) -> int:
+        return min(spec.layers for spec in self.sources.values())
+
+    @property
+    def dim(self) -> dict[str, int]:
+        return {name: spec.dim for name, spec in self.sources.items()}
+
+    @property
+    def tokens(self) -> int:
+        return max(spec.tokens for spec in self.sources.values())
+
+    @property
+    def encoder_parameters(self) -> int:
+        return sum(spec.encoder_parameters for spec in self.sources.values())
+
+    def canonical(self) -> str:
+        """As FeatureSpec's."""
+        return _canonical(asdict(self))
+
+    def differences(self, other: "FeatureSpec | JointSpec") -> list[str]:
+        """One line per field in which the spec that is there differs from this, the wanted one."""
+        there = other.sources if isinstance(other, JointSpec) else {}
+        lines = [f"source {name}: only there" for name in there.keys() - self.sources.keys()]
+        for name, spec in self.sources.items():
+            if name not in there:
+                lines.append(f"source {name}: not there")
+                continue
+            lines += [f"source {name}: {line}" for line in spec.differences(there[name])]
+        return lines
+
+
+def read_spec(text: str) -> FeatureSpec | JointSpec:
+    """What either `canonical()` gave; ValueError or TypeError when it is something else."""
+    tree = json.loads(text)
+    if "sources" not in tree:
+        return FeatureSpec(**tree)
+    return JointSpec({name: FeatureSpec(**spec) for name, spec in tree["sources"].items()})
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ class LMFamily(Protocol):
     """Width of the hidden states, H."""
     prompt_width: int
     """Width of the word embeddings, E, in which the soft prompt lives."""
+    prefix_takes_places: bool
+    """Perceptual and prompt tokens take positions from the text."""
 
     def __init__(self, lm: PreTrainedModel): ...
 

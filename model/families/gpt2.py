@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 class GPT2Family:
     """See `LMFamily`."""
 
+    prefix_takes_places = False
+
     def __init__(self, lm: PreTrainedModel):
         self.decoder = lm.transformer
         self.head = lm.lm_head

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 class LlamaFamily:
     """See `LMFamily`."""
 
+    prefix_takes_places = True
+
     def __init__(self, lm: PreTrainedModel):
         self.decoder = lm.model
         self.head = lm.lm_head

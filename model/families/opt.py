@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 class OPTFamily:
     """See `LMFamily`."""
 
+    prefix_takes_places = False
+
     def __init__(self, lm: PreTrainedModel):
         self.decoder = lm.model.decoder
         self.head = lm.lm_head
