@@ -1,0 +1,67 @@
+"""Runs side by side, made of their recipes and scores.json alone."""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from epalm.errors import EpalmError
+from epalm.train.run import Run
+
+
+def read_scores(run: Run) -> dict[str, Any]:
+    """A run's scores; EpalmError when it has not been evaluated."""
+    if not run.scores.is_file():
+        raise EpalmError(f"{run.scores}: not there; run `evaluate` first")
+    scores: dict[str, Any] = json.loads(run.scores.read_text(encoding="utf-8"))
+    return scores
+
+
+def compare(runs: Sequence[tuple[Mapping[str, str], dict[str, Any]]]) -> str:
+    """A table of scores, a line for runs of the same labels: mean and standard deviation.
+
+    Args:
+        runs: of each its labels (name, or value on each axis of a sweep) and its scores.
+    """
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for labels, scores in runs:
+        groups[tuple(labels.values())].append(scores)
+    axes = list(runs[0][0])
+    kinds = sorted({kind for _, scores in runs for kind in scores["accuracy_by_type"]})
+    kinds = kinds if len(kinds) > 1 else []
+    lines = [[*axes, "runs", "trained", "accuracy", *(k or "other" for k in kinds), "shuffled",
+              "majority", "train s"]]  # fmt: skip
+    for labels, group in groups.items():
+        columns = [
+            [s["accuracy"] for s in group],
+            *([s["accuracy_by_type"].get(kind) for s in group] for kind in kinds),
+            [s.get("shuffled_accuracy") for s in group],
+            [s.get("majority_accuracy") for s in group],
+        ]
+        seconds = statistics.mean(s["seconds"]["train"] for s in group)
+        trained = group[0]["trained_parameters"]
+        cells = map(_percent, columns)
+        lines.append([*labels, str(len(group)), f"{trained:,}", *cells, f"{seconds:.0f}"])
+    return _align(lines, len(axes))
+
+
+def _percent(values: Sequence[float | None]) -> str:
+    """Mean and, of several, sample standard deviation, in percent."""
+    known = [100 * v for v in values if v is not None]
+    if not known:
+        return "-"
+    mean = f"{statistics.mean(known):.1f}"
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.1f}"
+
+
+def _align(lines: Sequence[Sequence[str]], left: int) -> str:
+    """Columns of equal width, the first `left` of them flush left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,83 @@
+"""Sweeps: one YAML file that stands for many runs, every combination of its axes and seeds.
+
+    name: comparison
+    base: ../demo.yaml            a recipe, relative to the file
+    set: {train.steps: 100}       fields changed in all runs
+    axes:
+      variant:
+        lin: {variant.connection: shared, variant.prompt_length: 0}
+        pt: {variant.connection: shared}
+      mask:
+        causal: {}
+        reference: {variant.mask: reference}
+    seeds: [0, 1, 2]
+
+Runs are called NAME-lin-causal-0 and so on, and are ordinary runs otherwise.
+"""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import Field, ValidationError
+
+from epalm.config import Recipe, Section, load_recipe
+from epalm.errors import EpalmError
+
+
+class Sweep(Section):
+    """See above."""
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="before the names of its runs")
+    base: str = Field(description="recipe that all runs extend, relative to this file")
+    set: dict[str, Any] = Field({}, description="dotted recipe fields that all runs change")
+    axes: dict[str, dict[str, dict[str, Any]]] = Field(
+        {}, description="by axis and value, the dotted recipe fields that the value changes"
+    )
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="a run for each")
+
+
+class SweepRun(NamedTuple):
+    """A run of a sweep; `labels`: its value on each axis."""
+
+    labels: dict[str, str]
+    seed: int
+    recipe: Recipe
+
+
+def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> list[SweepRun]:
+    """The runs of a sweep, seed by seed, so that each seed's comparison is whole before the next.
+
+    Args:
+        overrides: as in `load_recipe`; they count in all runs, before the axes.
+
+    Raises:
+        EpalmError: not a sweep, or one of its recipes is none.
+    """
+    try:
+        sweep = Sweep.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise EpalmError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise EpalmError(f"{path}: not YAML ({error})") from None
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise EpalmError("\n".join([f"{path}: not a sweep", *lines])) from None
+    runs = []
+    for seed in sweep.seeds:
+        for values in itertools.product(*sweep.axes.values()):
+            labels = dict(zip(sweep.axes, values, strict=True))
+            name = "-".join([sweep.name, *values, str(seed)])
+            changed = [*_assignments(sweep.set), *overrides]
+            for axis, value in labels.items():
+                changed += _assignments(sweep.axes[axis][value])
+            changed += _assignments({"name": name, "seed": seed})
+            recipe = load_recipe(path.parent / sweep.base, tuple(changed))
+            runs.append(SweepRun(labels, seed, recipe))
+    return runs
+
+
+def _assignments(fields: dict[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in fields.items()]
