@@ -32,7 +32,7 @@ def compare(runs: Sequence[tuple[Mapping[str, str], dict[str, Any]]]) -> str:
     kinds = kinds if len(kinds) > 1 else []
     lines = [[*axes, "runs", "trained", "accuracy", *(k or "other" for k in kinds), "shuffled",
               "majority", "train s"]]  # fmt: skip
-    for labels, group in groups.items():
+    for values, group in groups.items():
         columns = [
             [s["accuracy"] for s in group],
             *([s["accuracy_by_type"].get(kind) for s in group] for kind in kinds),
@@ -42,7 +42,7 @@ def compare(runs: Sequence[tuple[Mapping[str, str], dict[str, Any]]]) -> str:
         seconds = statistics.mean(s["seconds"]["train"] for s in group)
         trained = group[0]["trained_parameters"]
         cells = map(_percent, columns)
-        lines.append([*labels, str(len(group)), f"{trained:,}", *cells, f"{seconds:.0f}"])
+        lines.append([*values, str(len(group)), f"{trained:,}", *cells, f"{seconds:.0f}"])
     return _align(lines, len(axes))
 
 
