@@ -1,5 +1,6 @@
 """Encoding a few media: to compare them with what is stored, and to say how long all will take."""
 
+import itertools
 import os
 import random
 import time
@@ -10,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epalm.config import Recipe
-from epalm.data.example import Dataset, Media
+from epalm.data.example import Dataset
 from epalm.data.grouping import chunks
+from epalm.data.media import Media
 from epalm.device import choose_device
 from epalm.errors import EpalmError
 from epalm.extract.columns import column_specs, existing_columns
@@ -142,7 +144,8 @@ def _is_done(column: Column, entry: CatalogueEntry | None, view: int) -> bool:
 
 def _rate(recipe: Recipe, dataset: Dataset, sample: int) -> float:
     """Rows a second, of view 0 of the first media that can be used."""
-    tasks = [Task.of_file(m.path) for m in dataset.media.values() if m.path.is_file()][:sample]
+    media = (m for m in dataset.media.values() if m.exists())
+    tasks = [Task.of_media(m) for m in itertools.islice(media, sample)]
     layers = recipe.encoder.layers
     chosen = layers if layers is not None else tuple(range(describe(recipe).layers))
     with _Small(recipe) as encode:
@@ -176,7 +179,7 @@ class _Small:
         self, column: Column, rows: list[Row], media_of: dict[str, Media]
     ) -> NDArray[np.float32]:
         """Fresh features of these rows of a column."""
-        tasks = [Task(media_of[h].path, h, view_seed(self.seed, h, view)) for h, view in rows]
+        tasks = [Task(media_of[h], h, view_seed(self.seed, h, view)) for h, view in rows]
         found = self.tasks(tasks, column.column.layers)
         if len(found) < len(rows):
             raise EpalmError(f"{column.folder}: media that were encoded cannot be decoded any more")
@@ -199,9 +202,9 @@ def _media_by_hash(features: FeatureSet, dataset: Dataset) -> dict[str, Media]:
     for media, entry in features.catalogue(dataset.name).media.items():
         known = dataset.media.get(media)
         try:
-            stat = known.path.stat() if known else None
+            version = known.version() if known else None
         except OSError:
             continue
-        if known and stat and entry[1:] == (stat.st_size, stat.st_mtime_ns):
+        if known and entry[1:] == version:
             found[entry.content_hash] = known
     return found

@@ -45,7 +45,9 @@ class Preprocess(Protocol):
 
 
 class Encoder(ABC):
-    """A frozen encoder. A new one is one file and one row of ENCODERS.
+    """An encoder, in evaluation mode. A new one is one file and one row of ENCODERS.
+
+    Its weights are frozen, unless the recipe trains them.
 
     Attributes:
         prefix: class tokens (and distillation tokens) that stand before the patch tokens; 0: none.
@@ -54,7 +56,7 @@ class Encoder(ABC):
     prefix: int
 
     def __init__(self, model: Any, preprocess: Preprocess, recipe: Recipe, device: torch.device):
-        self.model = model.eval().requires_grad_(False).to(device)
+        self.model = model.eval().requires_grad_(recipe.encoder.train).to(device)
         self.preprocess = preprocess
         self.final_norm = recipe.encoder.final_norm
         self.tokens = recipe.encoder.tokens
@@ -75,11 +77,15 @@ class Encoder(ABC):
     @torch.inference_mode()
     def encode(self, batch: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
         """The tokens that are kept, float32 on the CPU: (B, len(layers), tokens, D)."""
+        return self.features(batch, layers).cpu()
+
+    def features(self, batch: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+        """As `encode`, on the encoder's device, with gradients where its weights are trained."""
         batch = batch.to(self.device)
         mixed = self.dtype != torch.float32
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed):
             states = self.hidden_states(batch, layers)
-        return torch.stack([self._kept(state) for state in states], dim=1).float().cpu()
+        return torch.stack([self._kept(state) for state in states], dim=1).float()
 
     def _kept(self, state: torch.Tensor) -> torch.Tensor:
         if self.tokens == "cls":

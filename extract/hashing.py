@@ -1,16 +1,13 @@
 """Content hashes of media files: what features are filed by."""
 
-import errno
-import hashlib
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from stat import S_ISREG
 
 from tqdm import tqdm
 
-from epalm.data.example import Dataset, Media
+from epalm.data.example import Dataset
 from epalm.data.grouping import chunks
+from epalm.data.media import Media, expand
 from epalm.errors import EpalmError
 from epalm.store.column import Failure
 from epalm.store.feature_set import Catalogue, CatalogueEntry, FeatureSet
@@ -31,7 +28,7 @@ def hash_media(dataset: Dataset, features: FeatureSet) -> Catalogue:
         EpalmError: another dataset has this name.
     """
     before = features.catalogue(dataset.name)
-    found = Catalogue(str(dataset.root.resolve()))
+    found = Catalogue(dataset.root.name)
     _check_name(dataset, before, found)
     saved = time.monotonic()
     everything = list(dataset.media.values())
@@ -60,25 +57,21 @@ def hash_media(dataset: Dataset, features: FeatureSet) -> Catalogue:
 def removed_media(dataset: Dataset, features: FeatureSet) -> list[str]:
     """Ids that the catalogue knows and the dataset no longer has, and whose files are gone."""
     others = features.catalogue(dataset.name).media.keys() - dataset.media.keys()
-    return sorted(m for m in others if not (dataset.root / m).exists())
+    return sorted(m for m in others if not dataset.root.find(m).exists())
 
 
 def _look(media: Media, known: CatalogueEntry | None) -> CatalogueEntry | OSError:
     try:
-        stat = media.path.stat()
-        if not S_ISREG(stat.st_mode):  # reading a pipe or a device may never end
-            raise OSError(errno.EINVAL, "not a file")
-        if known is not None and known[1:] == (stat.st_size, stat.st_mtime_ns):
+        version = media.version()
+        if known is not None and known[1:] == version:
             return known
-        with media.path.open("rb") as stream:
-            content_hash = hashlib.file_digest(stream, "sha256").hexdigest()
-        return CatalogueEntry(content_hash, stat.st_size, stat.st_mtime_ns)
+        return CatalogueEntry(media.sha256(), *version)
     except OSError as error:
         return error
 
 
 def _is_news(found: Catalogue, before: Catalogue) -> bool:
-    moved = found.root != before.root and not Path(before.root).is_dir()
+    moved = found.root != before.root and not _is_here(before.root)
     return (
         moved
         or not found.media.items() <= before.media.items()
@@ -88,8 +81,13 @@ def _is_news(found: Catalogue, before: Catalogue) -> bool:
 
 def _check_name(dataset: Dataset, before: Catalogue, found: Catalogue) -> None:
     """Two datasets must not share a name; one whose folder was moved keeps its own."""
-    if before.root and before.root != found.root and Path(before.root).is_dir():
+    if before.root and before.root != found.root and _is_here(before.root):
         raise EpalmError(
             f"data.name: {dataset.name!r} already stands for the media in {before.root}; give the "
             "dataset another name"
         )
+
+
+def _is_here(root: str) -> bool:
+    """The folder, or an archive, that a catalogue names as its media's root."""
+    return any(path.exists() for path, _ in expand(root))

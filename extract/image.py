@@ -38,6 +38,7 @@ class TimmViT(Encoder):
             batch,
             indices=list(layers),
             norm=self.final_norm,
+            stop_early=True,
             return_prefix_tokens=True,
             output_fmt="NLC",
             intermediates_only=True,
@@ -53,7 +54,12 @@ class TimmStages(Encoder):
 
     def hidden_states(self, batch: torch.Tensor, layers: Sequence[int]) -> Sequence[torch.Tensor]:
         maps = self.model.forward_intermediates(
-            batch, indices=list(layers), norm=False, output_fmt="NCHW", intermediates_only=True
+            batch,
+            indices=list(layers),
+            norm=False,
+            stop_early=True,
+            output_fmt="NCHW",
+            intermediates_only=True,
         )
         width = self.model.num_features
         tokens = [m.flatten(2).transpose(1, 2) for m in maps]

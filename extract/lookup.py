@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from epalm.config import Recipe
 from epalm.data.example import Dataset
+from epalm.device import send
 from epalm.errors import EpalmError, NotHereError
 from epalm.extract.columns import column_specs, last_layers
 from epalm.extract.encoder import describe
@@ -48,6 +49,11 @@ class _Group:
     def __contains__(self, row: Row) -> bool:
         return all(row in column for column, _, _ in self.parts)
 
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """(layers, tokens, D)."""
+        return (len(self.layers), *self.parts[0][0].row_shape[1:])
+
     def dtype(self) -> str:
         dtypes = {column.dtype() for column, _, _ in self.parts}
         return "float32" if "float32" in dtypes else dtypes.pop()
@@ -70,6 +76,7 @@ class FeatureTable:
 
     Attributes:
         views: K; the augmented views that training media have.
+        tokens: t; tokens of an encoder layer.
     """
 
     def __init__(self, recipe: Recipe, features: FeatureSet, catalogue: Catalogue):
@@ -81,10 +88,15 @@ class FeatureTable:
             ColumnSpec(c.tokens, c.token_count, last_layers(recipe, c), c.augmentation)
             for c in column_specs(recipe, features.spec)
         ]
+        self.tokens = wanted[0].token_count
         self._plain = _Group(features, wanted[0])
         self._augmented = _Group(features, wanted[-1])
         self._placed: torch.Tensor | None = None
         self._place_of: dict[tuple[str, int], int] = {}
+
+    def view_count(self, media: str) -> int:
+        """How many augmented views there are of a training media."""
+        return self.views
 
     def has(self, media: str, view: int) -> bool:
         """The store holds this view of the media."""
@@ -97,12 +109,14 @@ class FeatureTable:
         Encoder layers ascend.
 
         Args:
-            media: ids.
+            media: ids; of none, (0, n, D) or (0, n, t, D).
             views: the view of each; default: 0.
         """
+        if not media:
+            return torch.empty(0, *self._plain.row_shape).squeeze(2)
         keys = list(zip(media, views or [0] * len(media), strict=True))
         if self._placed is not None:
-            places = torch.tensor([self._place_of[key] for key in keys], device=self._placed.device)
+            places = send(torch.tensor([self._place_of[key] for key in keys]), self._placed.device)
             return self._placed.index_select(0, places)
         return self._read(keys)
 
@@ -183,7 +197,9 @@ def _roomiest(size: int, device: torch.device) -> str:
     """Where so many bytes have room."""
     if device.type == "cuda" and size <= FREE_SHARE * torch.cuda.mem_get_info(device)[0]:
         return "device"
-    return "ram" if size <= FREE_SHARE * psutil.virtual_memory().available else "disk"
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # started together; each has its own
+    free = psutil.virtual_memory().available / processes
+    return "ram" if size <= FREE_SHARE * free else "disk"
 
 
 def _without_features(
@@ -203,13 +219,13 @@ def _without_features(
     unknown: list[str] = []
     for media, views in needed_views(dataset, table.views).items():
         entry = catalogue.media.get(media)
-        path = dataset.media[media].path
+        file = dataset.media[media]
         try:
             # a folder of that name, or a file that may not be read, is as good as absent
-            stat = path.stat() if path.is_file() and os.access(path, os.R_OK) else None
+            version = file.version() if os.access(file.path, os.R_OK) else None
         except OSError:
-            stat = None
-        if stat and (entry is None or entry[1:] != (stat.st_size, stat.st_mtime_ns)):
+            version = None
+        if version and (entry is None or entry[1:] != version):
             unknown.append(media)
         elif all(table.has(media, view) for view in views):
             continue

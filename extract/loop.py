@@ -14,7 +14,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from epalm.config import Recipe
-from epalm.data.example import Dataset, Media
+from epalm.data.example import Dataset
+from epalm.data.media import Media
 from epalm.device import choose_device
 from epalm.errors import EpalmError
 from epalm.extract.columns import view_columns

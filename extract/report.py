@@ -33,14 +33,17 @@ class Report:
 
 def bad_media_message(failed: dict[str, str], features: FeatureSet) -> str:
     """What to tell a user whose recipe does not accept bad media."""
-    first = [f"  {media}: {reason}" for media, reason in list(failed.items())[:5]]
-    more = [f"  and {len(failed) - 5} more"] if len(failed) > 5 else []
     return "\n".join(
         [f"data: {len(failed)} media have no features (ledger: {features.ledger})"]
-        + first
-        + more
+        + some_reasons(failed)
         + [
             "mend these files, or leave them out with --set data.bad_media=skip (a file that could "
             "not be decoded is tried again when it changes, or with `extract --retry-failed`)"
         ]
     )
+
+
+def some_reasons(failed: dict[str, str]) -> list[str]:
+    """Lines for the first few of these media, and how many more there are."""
+    first = [f"  {media}: {reason}" for media, reason in list(failed.items())[:5]]
+    return first + ([f"  and {len(failed) - 5} more"] if len(failed) > 5 else [])

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from epalm.config import Recipe
-from epalm.data.example import Media
 from epalm.data.grouping import chunks
+from epalm.data.media import Media
 from epalm.errors import EpalmError
 from epalm.extract.encoder import Encoder
 from epalm.extract.report import Report
@@ -77,8 +77,7 @@ class ShardMaker:
             begin = 0
             for hashes in chunks(plan.hashes, self.batch_size):
                 tasks = [
-                    Task(self.media_of[h].path, h, view_seed(self.seed, h, plan.view))
-                    for h in hashes
+                    Task(self.media_of[h], h, view_seed(self.seed, h, plan.view)) for h in hashes
                 ]
                 following = (claim, begin, self.pool.submit(tasks))
                 begin += len(hashes)

@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from epalm.data.media import Media
 from epalm.errors import EpalmError
 from epalm.extract.encoder import Preprocess
 
@@ -36,20 +36,19 @@ class Task(NamedTuple):
     """One view of one media file.
 
     Attributes:
-        path: of the file.
+        media: where its bytes are.
         content_hash: SHA-256 that its content must have.
         seed: None for view 0, else the view's (see `views.view_seed`).
     """
 
-    path: Path
+    media: Media
     content_hash: str
     seed: int | None
 
     @classmethod
-    def of_file(cls, path: Path) -> "Task":
+    def of_media(cls, media: Media) -> "Task":
         """View 0 of a file as it is now; OSError when it cannot be read."""
-        with path.open("rb") as stream:
-            return cls(path, hashlib.file_digest(stream, "sha256").hexdigest(), None)
+        return cls(media, media.sha256(), None)
 
 
 class Outcome(NamedTuple):
@@ -235,11 +234,11 @@ def _attempt(preprocess: Preprocess, task: Task, slot: NDArray[np.float32]) -> O
 
 def _read(task: Task) -> bytes:
     try:
-        content = task.path.read_bytes()
+        content = task.media.read()
     except OSError as error:  # it could be read when it was hashed
-        raise ChangedFile(f"{task.path}: cannot be read any more ({error.strerror})") from None
+        raise ChangedFile(f"{task.media}: cannot be read any more ({error.strerror})") from None
     if hashlib.sha256(content).hexdigest() != task.content_hash:
-        raise ChangedFile(f"{task.path}: changed while it was extracted")
+        raise ChangedFile(f"{task.media}: changed while it was extracted")
     return content
 
 

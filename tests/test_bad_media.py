@@ -36,6 +36,7 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
 
 from epalm.config import Recipe, parse_recipe
 from epalm.data import load_dataset
+from epalm.data.media import Media
 from epalm.extract import loop
 from epalm.extract.encoder import Encoder
 from epalm.extract.lookup import open_features
@@ -605,7 +606,7 @@ def media(tmp_path: Path) -> Callable[[bytes], Task]:
     def write(content: bytes) -> Task:
         path = tmp_path / content.decode()
         path.write_bytes(content)
-        return Task.of_file(path)
+        return Task.of_media(Media(path.name, path))
 
     return write
 
@@ -680,11 +681,12 @@ import multiprocessing, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from misbehaving import Level, Misbehaving
+from epalm.data.media import Media
 from epalm.extract.workers import DecodePool, Task, prepare_workers
 
 prepare_workers("epalm.extract.workers")
 pool = DecodePool(Misbehaving(Level()), workers=2, timeout=2, batch_size=2)
-one, hang = (Task.of_file(Path(path)) for path in sys.argv[2:])
+one, hang = (Task.of_media(Media(path, Path(path))) for path in sys.argv[2:])
 for outcome in pool.submit([one, one]).outcomes:
     assert outcome.result().error is None
 pool.submit([hang])  # the other worker stays idle
@@ -704,7 +706,7 @@ def is_gone(process: psutil.Process) -> bool:
 
 def test_workers_end_with_their_parent(media: Callable[[bytes], Task]) -> None:
     """The idle one sees that its connection is closed; the system's alarm ends the stuck one."""
-    paths = [HERE, media(b"1").path, media(b"hang").path]
+    paths = [HERE, media(b"1").media.path, media(b"hang").media.path]
     command = [sys.executable, "-c", PARENT, *map(str, paths)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout and parent.stdout.readline() == "busy\n"

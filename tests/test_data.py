@@ -64,7 +64,7 @@ def test_jsonl_missing_field(tmp_path: Path, field: str) -> None:
 
 
 def test_jsonl_duplicates_and_rubbish(tmp_path: Path) -> None:
-    with pytest.raises(EpalmError, match="line 2: id '1' stands on an earlier line"):
+    with pytest.raises(EpalmError, match="line 2: id '1' stands in an earlier record"):
         jsonl.load(write(tmp_path, GOOD, GOOD))
     with pytest.raises(EpalmError, match="holds no examples"):
         jsonl.load(write(tmp_path))
@@ -109,7 +109,7 @@ def test_hold_out_takes_media_whole(easy_vqa: Path) -> None:
 
 
 def test_unknown_reader_and_double_val(toy: Callable[..., Path]) -> None:
-    with pytest.raises(EpalmError, match="data.kind: 'csv' is not one of easy-vqa, jsonl"):
-        load_dataset(load_recipe(toy(), ("data.kind=csv",)))
+    with pytest.raises(EpalmError, match="data.kind: 'xml' is not one of easy-vqa, vqa2"):
+        load_dataset(load_recipe(toy(), ("data.kind=xml",)))
     with pytest.raises(EpalmError, match="the dataset has a val split"):
         load_dataset(load_recipe(toy(), ("data.val_from_train=2",)))

@@ -297,7 +297,7 @@ def test_a_shard_whose_owner_died_is_taken_over_even_with_foreign_media(
         Path(toy_recipe.store.root), spec, Layout("zarr", 4, toy_recipe.encoder.weights)
     )
     (column,) = features.columns_for(column_specs(toy_recipe, spec)[0])
-    ours = Task.of_file(next(iter(dataset.media.values())).path).content_hash
+    ours = Task.of_media(next(iter(dataset.media.values()))).content_hash
     writer = ColumnWriter(column)
     assert writer.plan([Row(ours, 0), Row("f" * 64, 0)]) == {0: 2}
     claim = writer.claim(0)

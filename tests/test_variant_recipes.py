@@ -24,6 +24,8 @@ PARTS = {
     "frozenbilm": {"connection", "adapters"},
     "deep-prompt": {"connection", "deep_prompt"},
     "train-lm": {"connection", "soft_prompt", "lm"},
+    "finetune-encoder": {"connection", "soft_prompt", "encoder"},
+    "full-finetune": {"connection", "soft_prompt", "lm", "encoder"},
 }
 WITH_PROMPT = {"connection", "soft_prompt"}
 
@@ -55,7 +57,8 @@ def save_lm(weights: str, folder: Path) -> None:
 def test_no_recipe_is_forgotten() -> None:
     named = {p.stem for p in RECIPES}
     assert named >= {"lin", "pt", "epalm", "ada", "promptfuse", "limber", "magma", "magma-all",
-                     "frozenbilm", "train-lm", "deep-prompt", "epalm-2024"}  # fmt: skip
+                     "frozenbilm", "train-lm", "finetune-encoder", "full-finetune", "deep-prompt",
+                     "epalm-2024"}  # fmt: skip
     for path in RECIPES:
         head = [line for line in path.read_text().splitlines() if line.startswith("# ")]
         assert any(f"run recipes/variants/{path.name}" in line for line in head), path
@@ -78,6 +81,7 @@ def test_two_steps_and_evaluation(
     save_lm(load_recipe(path).lm.weights, folder)
     tokenizer.save_pretrained(folder)
     overrides = {
+        "data.kind": "jsonl",
         "data.path": tmp_path / "toy.jsonl",
         "data.media_root": tmp_path,
         "encoder.kind": "timm",
@@ -92,6 +96,9 @@ def test_two_steps_and_evaluation(
         "decode.max_new_tokens": 3,
         "decode.batch_size": 4,
     }
+    data = {key: value for key, value in overrides.items() if key.startswith(("data", "encoder"))}
+    for name in load_recipe(path).also:
+        overrides |= {f"also.{name}.{key}": value for key, value in data.items()}
     sets = [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
     done = cli("run", path, *sets)
     assert done.exit_code == 0, done.output
@@ -100,7 +107,7 @@ def test_two_steps_and_evaluation(
     with safe_open(run / "checkpoints" / "best.safetensors", "pt") as file:
         parts = {key.split(".")[1] for key in file.keys()}  # noqa: SIM118
     assert parts == PARTS.get(path.stem, WITH_PROMPT)
-    if path.stem in ("ada", "magma-all", "train-lm", "table9-input"):
+    if path.stem in ("ada", "magma-all", "train-lm", "full-finetune", "table9-input"):
         image = tmp_path / "images" / "10.png"
         asked = cli("predict", run, "--image", image, "--ask", "what color is the shape?")
         assert asked.exit_code == 0, asked.output

@@ -1,0 +1,242 @@
+"""Annotation files read with care: every mistake is one message with file, record and field."""
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from epalm.config import DataConfig
+from epalm.errors import EpalmError
+
+
+class Record:
+    """One record of an annotation file, and where it stands there.
+
+    Its methods raise EpalmError, with file, record and field, for what is missing or of the wrong
+    type.
+    """
+
+    __slots__ = ("_fields", "_number", "_path", "_place")
+
+    def __init__(self, fields: dict[str, Any], path: Path, place: str, number: int | None = None):
+        """
+        Args:
+            fields: by name.
+            path: of the file.
+            place: where in the file, as messages have it; empty: all of it.
+            number: that belongs to the place, as in `line 3`.
+        """
+        self._fields, self._path, self._place, self._number = fields, path, place, number
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._fields
+
+    def keys(self) -> list[str]:
+        return list(self._fields)
+
+    def with_fields(self, fields: dict[str, Any]) -> "Record":
+        """Other fields in the same place."""
+        return Record(fields, self._path, self._place, self._number)
+
+    def error(self, problem: str) -> EpalmError:
+        """A mistake in this record."""
+        return EpalmError(f"{self._path}{self._inside()}: {problem}")
+
+    def text(self, key: str, empty: bool = False) -> str:
+        """A text without blanks around it; `empty` allows that nothing is left."""
+        value = self._get(key)
+        if not isinstance(value, str) or not (empty or value.strip()):
+            raise self.error(f"field {key!r} is {_shown(value)}; it must be a text, not empty")
+        return value.strip()
+
+    def identifier(self, key: str) -> str:
+        """An id, which files give as a whole number or as a text."""
+        value = self._get(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str) or not value.strip():
+            raise self.error(f"field {key!r} is {_shown(value)}; give a whole number or a text")
+        return value.strip()
+
+    def number(self, key: str) -> int:
+        """A whole number, or a text that is one."""
+        text = self.identifier(key)
+        try:
+            return int(text)
+        except ValueError:
+            raise self.error(f"field {key!r} is {text!r}; it must be a whole number") from None
+
+    def score(self, key: str) -> float:
+        """A number that is not negative."""
+        value = self._get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(f"field {key!r} is {_shown(value)}; it must be a number")
+        if not math.isfinite(value) or value < 0:
+            raise self.error(f"field {key!r} is {value}; it must be finite and not negative")
+        return float(value)
+
+    def texts(self, key: str, empty: bool = False) -> list[str]:
+        """A list of at least one text, without blanks around them; `empty` as in `text`."""
+        value = self._get(key)
+        if not isinstance(value, list) or not value:
+            raise self.error(f"field {key!r} must be a list of at least one text")
+        for text in value:
+            if not isinstance(text, str) or not (empty or text.strip()):
+                raise self.error(f"field {key!r} holds {_shown(text)}; give texts, not empty")
+        return [text.strip() for text in value]
+
+    def identifiers(self, key: str) -> list[str]:
+        """A list of ids."""
+        value = self._list(key)
+        return [self.with_fields({key: v}).identifier(key) for v in value]
+
+    def record(self, key: str) -> "Record":
+        """A record inside this one."""
+        value = self._get(key)
+        if not isinstance(value, dict):
+            raise self.error(f"field {key!r} is {_shown(value)}; it must be an object")
+        return Record(value, self._path, f"{self._inside()[2:]}, {key}".removeprefix(", "))
+
+    def records(self, key: str) -> Iterator["Record"]:
+        """The records of a list inside this one."""
+        place = f"{self._inside()[2:]}, {key}".removeprefix(", ")
+        return _records(self._list(key), self._path, place)
+
+    def column(self, key: str, field: str) -> list[str]:
+        """One text of each record of a list inside this one; texts may be empty."""
+        try:
+            return [item[field].strip() for item in self._fields[key]]
+        except (KeyError, TypeError, AttributeError):  # said by those who look closer
+            return [record.text(field, empty=True) for record in self.records(key)]
+
+    def _inside(self) -> str:
+        """The place behind the path, in a message."""
+        number = "" if self._number is None else f" {self._number}"
+        return f", {self._place}{number}" if self._place else ""
+
+    def _get(self, key: str) -> Any:
+        if key not in self._fields:
+            raise self.error(f"field {key!r} is missing")
+        return self._fields[key]
+
+    def _list(self, key: str) -> list[Any]:
+        value = self._get(key)
+        if not isinstance(value, list):
+            raise self.error(f"field {key!r} is {_shown(value)}; it must be a list")
+        return value
+
+
+def annotation_file(config: DataConfig, name: str) -> Path:
+    """A file in the folder `data.path`; EpalmError when it is not there."""
+    folder = Path(config.path).expanduser()
+    path = folder / name
+    if not path.is_file():
+        raise EpalmError(
+            f"{path}: no such annotation file; data.path must be the folder that holds it "
+            "(docs/datasets.md has the layout)"
+        )
+    return path
+
+
+def files_by_split(config: DataConfig, default: dict[str, str]) -> dict[str, Path]:
+    """The annotation file of each split: those that the recipe names, or the usual ones.
+
+    Of the usual ones, some may be missing; EpalmError when all are, or one that the recipe names.
+    """
+    if config.files:
+        return {split: annotation_file(config, name) for split, name in config.files.items()}
+    folder = Path(config.path).expanduser()
+    found = {s: folder / name for s, name in default.items() if (folder / name).is_file()}
+    if not found:
+        raise EpalmError(
+            f"data.path: {folder} holds none of {', '.join(default.values())}; see "
+            "docs/datasets.md, or name others in data.files"
+        )
+    return found
+
+
+def read_object(path: Path) -> Record:
+    """A JSON file that holds one object."""
+    value = _read_json(path)
+    if not isinstance(value, dict):
+        raise EpalmError(f"{path}: must hold a JSON object, not {_shown(value)}")
+    return Record(value, path, "")
+
+
+def read_list(path: Path) -> Iterator[Record]:
+    """A JSON file that holds a list of objects."""
+    value = _read_json(path)
+    if not isinstance(value, list):
+        raise EpalmError(f"{path}: must hold a list of JSON objects, not {_shown(value)}")
+    return _records(value, path, "record")
+
+
+def read_table(
+    path: Path, columns: list[str], tabs: bool = False, header: bool = True
+) -> Iterator[Record]:
+    """A CSV file, whose cells are texts; records are named by their last line.
+
+    Args:
+        path: the file.
+        columns: that it must have; without `header`, all that it has.
+        tabs: cells are separated by tabs, and quotes mean nothing.
+        header: the first line names the columns.
+
+    Raises:
+        EpalmError: missing columns, rows of another length, an open quote.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            if tabs:
+                rows = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+            else:
+                rows = csv.reader(stream, strict=True)
+            names = next(rows, []) if header else columns
+            if missing := [c for c in columns if c not in names]:
+                raise EpalmError(
+                    f"{path}, line 1: column {missing[0]!r} is missing; it has {', '.join(names)}"
+                )
+            for cells in rows:
+                if not cells:
+                    continue
+                place = f"line {rows.line_num}"
+                if len(cells) != len(names):
+                    raise EpalmError(
+                        f"{path}, {place}: has {len(cells)} cells where {len(names)} columns are; "
+                        "is the file cut off, or a quote missing?"
+                    )
+                yield Record(dict(zip(names, cells, strict=True)), path, place)
+    except OSError as error:
+        raise EpalmError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise EpalmError(f"{path}: not UTF-8 ({error})") from None
+    except csv.Error as error:
+        raise EpalmError(f"{path}, line {rows.line_num}: not valid CSV ({error})") from None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise EpalmError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise EpalmError(f"{path}: not UTF-8 ({error})") from None
+    except RecursionError:
+        raise EpalmError(f"{path}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise EpalmError(f"{path}: not valid JSON ({error}); is the file cut off?") from None
+
+
+def _records(values: list[Any], path: Path, name: str) -> Iterator[Record]:
+    for number, value in enumerate(values):
+        if not isinstance(value, dict):
+            raise EpalmError(f"{path}, {name} {number}: must be an object, not {_shown(value)}")
+        yield Record(value, path, name, number)
+
+
+def _shown(value: Any) -> str:
+    """A value, cut to a length that fits into a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
