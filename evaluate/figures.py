@@ -1,83 +1,103 @@
-"""The loss curve as PNG, and a page of test images with answers."""
+"""Curves of training, as PNG, and as SVG that takes the colours of the page it stands in."""
 
-import base64
-import html
-import json
-import random
+import io
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from epalm.data.example import Dataset
-from epalm.store.atomic import write_atomic
+import matplotlib
+from matplotlib.figure import Figure
+
 from epalm.train.run import Run
 
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; color: #222 }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1.5rem }}
-figure {{ margin: 0; padding: 1rem; border: 1px solid #ddd; border-radius: .5rem }}
-img {{ width: 100%; image-rendering: pixelated; border-radius: .25rem }}
-dl {{ margin: .75rem 0 0 }} dt {{ color: #777; font-size: .8rem }} dd {{ margin: 0 0 .25rem }}
-.right {{ color: #17723c }} .wrong {{ color: #b3261e }}
-</style>
-<h1>{title}</h1><p>{summary}</p><main>
-{figures}
-</main></html>
-"""
-_FIGURE = """<figure><img src="data:image;base64,{image}" alt="{media}"><dl>
-<dt>question</dt><dd>{prompt}</dd><dt>answer</dt><dd>{answer}</dd>
-<dt>prediction</dt><dd class="{verdict}">{prediction}</dd></dl></figure>"""
+# by matplotlib on paper, and by the variables of report_style.py in a page
+THEME = {"#1b2430": "--ink", "#6b7684": "--quiet", "#1f5f8b": "--accent", "#a8b3bf": "--pale"}
+INK, QUIET, ACCENT, PALE = THEME
+LINES = ("-", "--", ":", "-.")
+_FAMILY = re.compile(r"font(-family)?:([^;\"]*?)'DejaVu Sans'[^;\"]*(?:; )?")
+
+Metrics = Sequence[Mapping[str, Any]]
 
 
 def draw_loss(run: Run) -> Path:
-    """Training loss and, where there is any, validation accuracy over steps; loss.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = run.read_metrics()
-    figure, axis = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    axis.plot(*zip(*losses, strict=True), label="training loss")
-    axis.set(xlabel="step", ylabel="loss", yscale="log")
-    scores = [(line["step"], line["val_accuracy"]) for line in lines if "val_accuracy" in line]
-    if scores:
-        right = axis.twinx()
-        right.plot(*zip(*scores, strict=True), "o--", color="tab:green", label="val accuracy")
-        right.set(ylabel="val accuracy", ylim=(0, 1))
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    """The run's training loss and validation scores over steps; loss.png."""
     path = run.folder / "loss.png"
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    with _settings():
+        loss_figure({run.recipe.name: run.read_metrics()}).savefig(path, dpi=150)
     return path
 
 
-def write_examples(run: Run, dataset: Dataset, count: int = 12) -> Path:
-    """A page of a seeded choice of predictions, each about another image; examples.html."""
-    text = (run.folder / "predictions.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    random.Random(f"{run.recipe.seed} page").shuffle(rows)
-    chosen = list({row["media"]: row for row in rows}.values())[:count]
-    figures = [
-        _FIGURE.format(
-            image=base64.b64encode(dataset.media[row["media"]].path.read_bytes()).decode(),
-            media=html.escape(row["media"]),
-            prompt=html.escape(row["prompt"]),
-            answer=html.escape(", ".join(row["references"])),
-            prediction=html.escape(row["prediction"]),
-            verdict="right" if row["match"] else "wrong",
-        )
-        for row in chosen
-        if dataset.media[row["media"]].path.is_file()
-    ]
-    hits = sum(row["match"] for row in rows)
-    page = _PAGE.format(
-        title=html.escape(run.recipe.name),
-        summary=f"{hits} of {len(rows)} answers are right ({hits / len(rows):.1%}); "
-        f"here is a random choice.",
-        figures="\n".join(figures),
-    )
-    path = run.folder / "examples.html"
-    write_atomic(path, page)
-    return path
+def loss_svg(runs: Mapping[str, Metrics]) -> str:
+    """The same of one run or more, for a page."""
+    with _settings():
+        return as_svg(loss_figure(runs), "loss")
+
+
+def loss_figure(runs: Mapping[str, Metrics]) -> Figure:
+    """Training loss beside validation scores, a line for each run.
+
+    Args:
+        runs: lines of metrics.jsonl by the run's name.
+    """
+    with _settings():
+        curves = {key: {name: _curve(lines, key) for name, lines in runs.items()}
+                  for key in ("loss", "val_accuracy")}  # fmt: skip
+        scored = any(curves["val_accuracy"].values())
+        figure = Figure(figsize=(9.2, 3.0), layout="constrained")
+        left, *right = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
+        left.set(xlabel="step", title="training loss", yscale="log")
+        left.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        left.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        left.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        for axis in right:
+            axis.set(xlabel="step", title="validation score × 100")
+        for number, name in enumerate(runs):
+            style = {"color": _colour(number), "linestyle": LINES[number // 3 % len(LINES)]}
+            left.plot(*curves["loss"][name], label=name, **style)
+            for axis in right:
+                steps, scores = curves["val_accuracy"][name]
+                axis.plot(steps, [100 * s for s in scores], marker="o", markersize=3.5, **style)
+        if len(runs) > 1:
+            figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        return figure
+
+
+def as_svg(figure: Figure, salt: str) -> str:
+    """A figure as an element that stands in an HTML page, without ids of other figures.
+
+    Args:
+        salt: makes its ids; another for each figure of a page.
+    """
+    stream = io.StringIO()
+    with _settings(), matplotlib.rc_context({"svg.hashsalt": salt}):
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<(metadata|style).*?</\1>", "", svg, flags=re.S)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = _FAMILY.sub(lambda m: "" if m[1] else f"font-size:{m[2].rstrip()}; ", svg)
+    for colour, variable in THEME.items():
+        svg = svg.replace(colour, f"var({variable})")
+    # ids such as axes_1 are alike in all figures, and nothing refers to them
+    return re.sub(r'<g id="[^"]*">', "<g>", svg)
+
+
+def _curve(lines: Metrics, key: str) -> tuple[list[int], list[float]]:
+    """Steps and values; both empty where there are none."""
+    found = [(line["step"], line[key]) for line in lines if key in line]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _colour(number: int) -> str:
+    return (ACCENT, QUIET, PALE)[number % 3]
+
+
+def _settings() -> Any:
+    return matplotlib.rc_context({
+        "axes.edgecolor": PALE, "axes.labelcolor": QUIET, "axes.linewidth": 0.8,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.titlecolor": INK,
+        "axes.titlelocation": "left", "axes.titlesize": 10, "font.size": 9,
+        "lines.linewidth": 1.4, "svg.fonttype": "none", "text.color": INK, "xtick.color": QUIET,
+        "ytick.color": QUIET,
+    })  # fmt: skip

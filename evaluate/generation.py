@@ -1,39 +1,64 @@
 """Batched answers to the prompts of examples."""
 
+import random
+import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from epalm.config import DecodeConfig
 from epalm.data.example import Example
-from epalm.data.grouping import chunks, unique_rows
+from epalm.data.grouping import unique_rows
+from epalm.evaluate.order import evaluation_batches
+from epalm.evaluate.partial import PartialAnswers
 from epalm.extract.lookup import FeatureTable
+from epalm.extract.sources import SourceTables
 from epalm.model.augmented import AugmentedLM
+from epalm.model.connection import Features, to_device
 from epalm.model.text import TextCodec, pad_left
+from epalm.train.online import OnlineFeatures
 
 
 def generate_answers(
     model: AugmentedLM,
     codec: TextCodec,
-    features: FeatureTable,
+    features: FeatureTable | SourceTables | OnlineFeatures,
     examples: Sequence[Example],
     decode: DecodeConfig,
     media_of: Mapping[str, str] | None = None,
     label: str = "generate",
+    accelerator: Accelerator | None = None,
+    partial: PartialAnswers | None = None,
 ) -> list[str]:
     """One answer per example, in order.
 
     Args:
         media_of: media id shown in the place of each example's own; the shuffled control.
         label: of the progress bar.
+        accelerator: of several processes, which share the batches and all get all answers.
+        partial: answers that are there already, to which new ones are added as they come.
     """
+    place, places = 0, 1
+    if accelerator is not None:
+        place, places = accelerator.process_index, accelerator.num_processes
     shown = [e.media if media_of is None else media_of[e.media] for e in examples]
-    # examples about one media stand together, so that its prefix runs once for all of them
-    order = sorted(range(len(examples)), key=lambda i: shown[i])
-    answers = [""] * len(examples)
-    with tqdm(total=len(examples), desc=label, unit="example") as bar:
-        for chosen in chunks(order, decode.batch_size):
+    length_of = {text: len(codec.prompt(text)) for text in {e.prompt for e in examples}}
+    lengths = [length_of[e.prompt] for e in examples]
+    batches = evaluation_batches([e.source for e in examples], shown, lengths, decode.batch_size)
+    answers = dict(partial.answers) if partial is not None else {}
+    with tqdm(total=len(examples), desc=label, unit="example", disable=place > 0) as bar:
+        for number, batch in enumerate(batches):
+            bar.update(len(batch))  # also for those that other processes do meanwhile
+            missing = [i for i in batch if i not in answers]
+            if number % places != place or not missing:
+                continue
+            # a draw depends on the whole batch
+            chosen = batch if decode.do_sample else missing
+            start = time.perf_counter()
             media, rows = unique_rows(shown[i] for i in chosen)
             texts = generate_texts(
                 model,
@@ -42,33 +67,59 @@ def generate_answers(
                 features.fetch(media),
                 rows,
                 decode,
+                number,
             )
-            for index, text in zip(chosen, texts, strict=True):
-                answers[index] = text
-            bar.update(len(chosen))
-    return answers
+            new = dict(zip(chosen, texts, strict=True))
+            answers |= new
+            if partial is not None:
+                partial.add(new, time.perf_counter() - start)
+    if places > 1:
+        answers = dict(gather_object(list(answers.items())))
+    return [answers[i] for i in range(len(examples))]
 
 
 def generate_texts(
     model: AugmentedLM,
     codec: TextCodec,
     prompts: Sequence[str],
-    features: torch.Tensor,
+    features: Features,
     rows: Sequence[int],
     decode: DecodeConfig,
+    batch: int = 0,
 ) -> list[str]:
-    """Greedy or beam answers to B prompts about M media with features (M, n, [t,] D)."""
+    """Answers to B prompts about M media.
+
+    Args:
+        rows: (B,) which of the media each prompt is about.
+        batch: number of the batch, for its draws; those of all others remain what they would be.
+    """
     ids, mask = pad_left([codec.prompt(text) for text in prompts], codec.pad)
-    generated = model.generate(
-        ids.to(model.device),
-        mask.to(model.device),
-        features.to(model.device),
-        torch.tensor(list(rows), device=model.device),
-        num_beams=decode.num_beams,
-        max_new_tokens=decode.max_new_tokens,
-        length_penalty=decode.length_penalty if decode.num_beams > 1 else None,
-        do_sample=False,
-        eos_token_id=codec.eos,
-        pad_token_id=codec.pad,
-    )
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        if decode.do_sample:
+            torch.manual_seed(random.Random(f"{decode.seed} draws {batch}").getrandbits(63))
+        generated = model.generate(
+            ids.to(model.device),
+            mask.to(model.device),
+            to_device(features, model.device),
+            torch.tensor(list(rows), device=model.device),
+            eos_token_id=codec.eos,
+            pad_token_id=codec.pad,
+            **generation_options(decode),
+        )
     return [codec.decode(row) for row in generated[:, ids.shape[1] :].tolist()]
+
+
+def generation_options(decode: DecodeConfig) -> dict[str, Any]:
+    """The keyword arguments of Hugging Face's `generate`, all of them said, so that no default of
+    the LM's own matters."""
+    options: dict[str, Any] = {
+        "num_beams": decode.num_beams,
+        "max_new_tokens": decode.max_new_tokens,
+        "length_penalty": decode.length_penalty if decode.num_beams > 1 else None,
+        "do_sample": decode.do_sample,
+    }
+    if decode.do_sample:
+        options["temperature"] = 1.0 if decode.temperature is None else decode.temperature
+        options["top_k"] = 50 if decode.top_k is None else decode.top_k
+        options["top_p"] = 1.0 if decode.top_p is None else decode.top_p
+    return options

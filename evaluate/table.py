@@ -4,25 +4,68 @@ from typing import Any
 
 
 def format_table(scores: dict[str, Any]) -> str:
-    """Time and rate of each stage, trained share, accuracy beside both baselines."""
+    """Time and rate of each stage, trained share, accuracy beside both baselines, and metrics."""
     lines = [f"{'stage':<12}{'seconds':>9}  rate"]
     for name, seconds in scores["seconds"].items():
         lines.append(f"{name:<12}{seconds:>9.1f}  {scores['rates'][name]}".rstrip())
     trained, total = scores["trained_parameters"], scores["total_parameters"]
-    lines += [
-        "",
-        f"trained parameters: {trained:,} of {total:,} ({trained / total:.2%})",
-        "",
+    lines += ["", f"trained parameters: {trained:,} of {total:,} ({trained / total:.2%})", ""]
+    metrics = scores.get("metrics", {})
+    if not metrics or "exact_match" in metrics:
+        lines += _accuracy(scores, metrics.get("exact_match"))
+    others = [name for name in metrics if name != "exact_match"]
+    if others and "exact_match" in metrics:
+        lines.append("")
+    if others:
+        lines.append(
+            f"{scores['split'] + ' score x 100':<24}{'examples':>9}{'model':>9}{'shuffled':>10}"
+            f"{'95% interval':>16}"
+        )
+    for number, name in enumerate(others):
+        shuffled = scores.get("shuffled_metrics", {}).get(name)
+        lines.append(_row(name, metrics[name], shuffled))
+        if number == 0:
+            for kind, part in metrics[name].get("by_type", {}).items():
+                if not part["n"]:  # a type of another source
+                    continue
+                control = shuffled and shuffled["by_type"][kind]
+                lines.append(_row(f"  {kind or 'other'}", part, control))
+    return "\n".join(lines)
+
+
+def _accuracy(scores: dict[str, Any], exact: dict[str, Any] | None) -> list[str]:
+    lines = [
         f"{scores['split'] + ' accuracy':<16}{'examples':>9}{'model':>9}{'shuffled':>10}"
-        f"{'majority':>10}",
+        f"{'majority':>10}" + (f"{'95% interval':>16}" if exact else "")
     ]
     kinds = list(scores["accuracy_by_type"])
     for kind in [None, *kinds] if len(kinds) > 1 else [None]:
         label = "overall" if kind is None else kind or "other"
         count = scores["examples"] if kind is None else scores["examples_by_type"][kind]
         cells = [_percent(scores, column, kind) for column in ("", "shuffled_", "majority_")]
-        lines.append(f"{label:<16}{count:>9}{cells[0]:>9}{cells[1]:>10}{cells[2]:>10}")
-    return "\n".join(lines)
+        line = f"{label:<16}{count:>9}{cells[0]:>9}{cells[1]:>10}{cells[2]:>10}"
+        if exact:
+            line += f"{_interval(exact if kind is None else exact['by_type'][kind]):>16}"
+        lines.append(line)
+    return lines
+
+
+def _row(label: str, summary: dict[str, Any], shuffled: dict[str, Any] | None) -> str:
+    control = _hundredfold(shuffled["value"]) if shuffled else "-"
+    return (
+        f"{label:<24}{summary['n']:>9}{_hundredfold(summary['value']):>9}{control:>10}"
+        f"{_interval(summary):>16}"
+    )
+
+
+def _hundredfold(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _interval(summary: dict[str, Any]) -> str:
+    if summary["interval"] is None:
+        return "-"
+    return " - ".join(_hundredfold(end) for end in summary["interval"])
 
 
 def _percent(scores: dict[str, Any], column: str, kind: str | None) -> str:
