@@ -7,7 +7,7 @@ the nearest real key. The resolved recipe is written into every run folder.
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +17,10 @@ from epalm.errors import EpalmError
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+# before a slash, such names sort as they do alone
+SourceName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+MAIN = "main"
+"""Name of the source that a recipe's own `data` and `encoder` are."""
 
 
 class Section(BaseModel):
@@ -33,20 +37,61 @@ class Limits(Section):
     test: Positive | None = None
 
 
+class FewShotConfig(Section):
+    """A seeded choice of training examples; with one seed, a larger one holds a smaller one."""
+
+    fraction: float | None = Field(
+        None, gt=0, le=1, description="share of the training examples; None: all of them"
+    )
+    count: Positive | None = Field(None, description="number of examples, instead of a fraction")
+    balanced: bool = Field(
+        False, description="as many examples of each answer as of any other, while they last"
+    )
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "FewShotConfig":
+        if self.fraction is not None and self.count is not None:
+            raise ValueError("give fraction or count, not both")
+        if self.balanced and self.fraction is None and self.count is None:
+            raise ValueError("balanced says how to choose; give fraction or count too")
+        return self
+
+
 class DataConfig(Section):
     """Which dataset, and which part of it."""
 
-    kind: str = Field(description="a reader of data/: easy-vqa or jsonl")
-    path: str = Field(description="annotation file, folder, or wheel: address")
+    kind: str = Field(description="a reader of data/, see READERS there")
+    path: str = Field(description="annotation file, folder of such files, or wheel: address")
+    splits: str = Field(
+        "standard", description="which of a dataset's published splits, e.g. karpathy for VQA v2"
+    )
+    files: dict[Literal["train", "val", "test"], str] = Field(
+        {},
+        description="annotation file of each split, in the folder `path`; default: the names that "
+        "the dataset is distributed with; a split that is left out is not read",
+    )
     media_root: str | None = Field(
-        None, description="folder that media paths are relative to; default: beside the annotations"
+        None,
+        description="folder, zip or tar archive, or several of these by glob or brace list, that "
+        "media paths are relative to; default: beside the annotations",
+    )
+    media_name: str | None = Field(
+        None,
+        description="media paths as a pattern such as {video}.mp4, where files are named otherwise "
+        "than the reader expects; its file lists the names that may stand in braces",
     )
     name: str | None = Field(
         None, description="dataset name under which the feature set lists media; default from path"
     )
     limits: Limits = Limits()
+    seed: int | None = Field(
+        None, ge=0, description="of subsets and held-out media; default: the recipe's seed"
+    )
     val_from_train: int = Field(
         0, ge=0, description="training media held out as `val` where the dataset has no such split"
+    )
+    few_shot: FewShotConfig = Field(
+        FewShotConfig(), description="examples that are trained on, of those that limits leaves"
     )
     bad_media: Literal["stop", "skip"] = Field(
         "stop", description="media that are missing or cannot be decoded: stop, or leave them out"
@@ -94,7 +139,7 @@ class ViewsConfig(Section):
 
 
 class EncoderConfig(Section):
-    """The frozen encoder and what is kept of it."""
+    """The encoder, frozen unless it is trained online, and what is kept of it."""
 
     kind: str = Field("timm", description="an encoder of extract/, see ENCODERS there")
     weights: str = Field(description="address: timm:NAME, hf:ORG/NAME, a folder or file, wheel:…")
@@ -132,6 +177,28 @@ class EncoderConfig(Section):
     decode_timeout: float = Field(
         60.0, gt=0, description="seconds after which a stuck decoder is killed and replaced"
     )
+    online: bool = Field(
+        False,
+        description="keep no features: training and evaluation decode and encode media each time "
+        "they need them",
+    )
+    train: bool = Field(
+        False, description="train the encoder's own weights too, and save all of them (table 12)"
+    )
+
+    @model_validator(mode="after")
+    def _can_be_trained(self) -> "EncoderConfig":
+        if self.train and not self.online:
+            raise ValueError(
+                "features that are kept cannot follow an encoder that is trained; set online to "
+                "true too, or train to false"
+            )
+        if self.train and self.dtype == "float16":
+            raise ValueError(
+                "float16 is too narrow for the gradients of an encoder; set dtype to bfloat16 or "
+                "float32"
+            )
+        return self
 
     @model_validator(mode="after")
     def _layers_are_ascending(self) -> "EncoderConfig":
@@ -168,6 +235,11 @@ class LMConfig(Section):
     weights: str = Field(description="address: hf:ORG/NAME, a folder, or wheel:…/FILE.gguf")
     dtype: ComputeDtype = Field(
         "auto", description="auto: bfloat16 where the device has bf16 arithmetic, else float32"
+    )
+    device_map: Literal["auto"] | None = Field(
+        None,
+        description="auto: spread over all GPUs, for an LM too big for one; one process, no "
+        "adapters",
     )
 
 
@@ -260,23 +332,42 @@ class VariantConfig(Section):
 
 
 class TrainConfig(Section):
-    """Optimisation on cached features (paper, appendix A; conventions 12, 13, 24, 25)."""
+    """Optimisation on features (paper, appendix A; conventions 12, 13, 24, 25)."""
 
     steps: Positive = Field(description="optimiser steps")
     batch_size: Positive = Field(64, description="examples per step")
+    accumulate: Positive = Field(
+        1,
+        description="pieces in which each process computes its share of a batch, one after the "
+        "other; takes less memory, changes nothing else",
+    )
     examples_per_media: Positive = Field(
         4, description="at most so many examples about one media stand together in a batch"
     )
     lr: float = Field(2e-5, gt=0, description="peak learning rate of the connections")
     warmup_lr: float = Field(0.0, ge=0, description="learning rate that the warm-up starts from")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the last step")
-    warmup: Fraction = Field(0.1, description="share of the steps spent warming up")
+    schedule: Literal["cosine", "official", "official-caption"] = Field(
+        "cosine",
+        description="cosine: linear warm-up, then a cosine over the steps; official: the official "
+        "code's stair of 400 steps, then a cosine that moves once an epoch; official-caption: the "
+        "same as its caption scripts have it, where only biases are scheduled (bug 4)",
+    )
+    epochs: Positive | None = Field(
+        None, description="equal parts of the steps at which an official schedule moves"
+    )
+    warmup: Fraction = Field(
+        0.1, description="share of the steps spent warming up; of the cosine schedule"
+    )
     prompt_lr: float | None = Field(
         None, gt=0, description="of soft prompt, deep prompts and adapters; default: lr"
     )
     prompt_schedule: Literal["cosine", "constant"] = "cosine"
     lm_lr: float | None = Field(
         None, gt=0, description="of the LM's own weights where they are trained; default: lr"
+    )
+    encoder_lr: float | None = Field(
+        None, gt=0, description="of the encoder's own weights where they are trained; default: lr"
     )
     weight_decay: float = Field(0.02, ge=0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -287,10 +378,33 @@ class TrainConfig(Section):
         "tokens, divided by the batch, times loss_scale (conventions 12, 13)",
     )
     loss_scale: float = Field(1.0, gt=0, description="factor on the loss; the reference's is 0.1")
+    text_states: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="keep the states of texts at the first injection layer in the feature store, "
+        "where nothing below it is trained (eP-ALM_lin), so that half the LM is not run again; "
+        "auto: where the training would run them at least twice; always: an error where it "
+        "cannot be",
+    )
     log_every: Positive = Field(10, description="steps between metric lines")
     val_every: Positive | None = Field(None, description="steps between validations; None: at end")
     val_examples: Positive | None = Field(None, description="seeded choice; None: all of them")
+    patience: Positive | None = Field(
+        None, description="validations without a better score that end the training; None: never"
+    )
     checkpoint_every: Positive = Field(100, description="steps between checkpoints")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "TrainConfig":
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be divisible by accumulate "
+                f"({self.accumulate})"
+            )
+        if (self.schedule == "cosine") != (self.epochs is None):
+            raise ValueError("epochs belongs to the official schedules, and they need it")
+        if self.patience is not None and self.val_every is None:
+            raise ValueError("patience counts validations; set val_every too")
+        return self
 
 
 class DecodeConfig(Section):
@@ -300,6 +414,28 @@ class DecodeConfig(Section):
     max_new_tokens: Positive = 10
     length_penalty: float = 1.0
     batch_size: Positive = 64
+    do_sample: bool = Field(
+        False, description="draw every token at random (the paper's random sampling)"
+    )
+    temperature: float | None = Field(None, gt=0, description="of the draws; default: 1")
+    top_k: int | None = Field(
+        None, ge=0, description="draw among the k likeliest tokens; 0: all; default: 50"
+    )
+    top_p: Fraction | None = Field(
+        None, description="draw among the likeliest tokens that have this share; default: 1"
+    )
+    seed: int = Field(
+        0, ge=0, description="of the draws, which depend on decode.batch_size and its order too"
+    )
+
+    @model_validator(mode="after")
+    def _draws_are_asked_for(self) -> "DecodeConfig":
+        given = [
+            name for name in ("temperature", "top_k", "top_p") if getattr(self, name) is not None
+        ]
+        if given and not self.do_sample:
+            raise ValueError(f"{given[0]} is for random draws; set do_sample to true")
+        return self
 
 
 class EvalConfig(Section):
@@ -308,6 +444,31 @@ class EvalConfig(Section):
     split: Literal["train", "val", "test"] = "test"
     examples: Positive | None = Field(None, description="seeded choice; None: all of them")
     control: bool = Field(True, description="also score with media shuffled between examples")
+    metrics: tuple[str, ...] | None = Field(
+        None,
+        description="names in METRICS of evaluate/metrics, the first of which chooses the best "
+        "checkpoint; default: by dataset, see docs/metrics.md",
+    )
+    official: bool = Field(
+        False,
+        description="captions: tokenize with Stanford's Java program; adds METEOR, SPICE and "
+        "SPIDEr to the default metrics",
+    )
+
+    @model_validator(mode="after")
+    def _has_metrics(self) -> "EvalConfig":
+        if self.metrics is not None and (
+            not self.metrics or len(set(self.metrics)) < len(self.metrics)
+        ):
+            raise ValueError("metrics must name at least one metric, and none twice")
+        return self
+
+
+class Source(Section):
+    """A further dataset and the encoder that it is seen or heard through."""
+
+    data: DataConfig
+    encoder: EncoderConfig
 
 
 class Recipe(Section):
@@ -320,12 +481,47 @@ class Recipe(Section):
     data: DataConfig
     text: TextConfig = TextConfig()
     encoder: EncoderConfig
+    also: dict[SourceName, Source] = Field(
+        {},
+        description="further sources by name, trained on together with data and encoder (the "
+        f"source `{MAIN}`), each through a connection of its own",
+    )
     store: StoreConfig = StoreConfig()
     lm: LMConfig
     variant: VariantConfig = VariantConfig()
     train: TrainConfig
     decode: DecodeConfig = DecodeConfig()
     evaluate: EvalConfig = EvalConfig()
+
+    @property
+    def data_seed(self) -> int:
+        """Of the choice of media and examples."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+    def sources(self) -> dict[str, "Recipe"]:
+        """By name in alphabetical order, the recipe that each source would have by itself."""
+        alone = {MAIN: self.model_copy(update={"also": {}})}
+        for name, source in self.also.items():
+            update = {"data": source.data, "encoder": source.encoder, "also": {}}
+            alone[name] = self.model_copy(update=update)
+        return dict(sorted(alone.items()))
+
+    @model_validator(mode="after")
+    def _sources_have_their_own_names(self) -> "Recipe":
+        if MAIN in self.also:
+            raise ValueError(f"also: {MAIN} is the recipe's own data and encoder; rename it")
+        encoders = [self.encoder, *(source.encoder for source in self.also.values())]
+        if self.also and any(encoder.online for encoder in encoders):
+            raise ValueError("encoder.online: only a recipe with one source; leave out `also`")
+        return self
+
+    @model_validator(mode="after")
+    def _lm_can_be_spread(self) -> "Recipe":
+        variant = self.variant
+        adapters = variant.attention_adapters.reduction or variant.feed_forward_adapters.reduction
+        if self.lm.device_map and adapters:
+            raise ValueError("lm.device_map: an LM with adapters cannot be spread over devices")
+        return self
 
 
 def load_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -410,7 +606,8 @@ def _describe(error: Any) -> str:
         return f"{field}: {error['msg']}{given}"
     section: Any = Recipe
     for part in location[:-1]:
-        section = section.model_fields[part].annotation
+        is_section = hasattr(section, "model_fields")  # else the name of a source
+        section = section.model_fields[part].annotation if is_section else get_args(section)[1]
     near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(section.model_fields)}"
     return f"{field}: unknown key; {hint}"

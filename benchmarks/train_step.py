@@ -17,7 +17,6 @@ last             in the last layer, keys and values alone where no token is pred
                  the step that `train` takes
 states           and text states at the first injection layer from their cache, as `train` has them
                  for variants that train nothing below
-compiled         with `--compile`: the LM's layers compiled by torch.compile
 
 bound            the matrix products that the sample-dependent work needs, back to back on the same
                  weights: text tokens in all layers, one token per media from the first injection
@@ -32,7 +31,6 @@ are measured on one batch, since they take minutes.
 """
 
 import argparse
-import copy
 import gc
 import json
 import resource
@@ -67,7 +65,7 @@ from epalm.store.column import ColumnWriter, Row
 from epalm.store.feature_set import Catalogue, CatalogueEntry, FeatureSet, Layout
 from epalm.store.spec import ColumnSpec
 from epalm.train.batches import Batch, TrainingBatches
-from epalm.train.loss import batch_loss, losses_of
+from epalm.train.loss import losses_of
 from epalm.train.optimiser import make_optimiser, set_learning_rates
 from epalm.train.text_states import open_text_states
 
@@ -156,21 +154,16 @@ class World:
         codec = TextCodec(self.tokenizer, recipe.text)
         return TrainingBatches(examples, table, codec, recipe, self.device)
 
-    def model(self, case: Case, compiled: bool = False) -> AugmentedLM:
-        lm = self.lm
-        if compiled:
-            lm = copy.deepcopy(lm)
-            for layer in lm.model.decoder.layers:
-                layer.compile()
+    def model(self, case: Case) -> AugmentedLM:
         torch.manual_seed(0)
-        dim = lm.config.hidden_size  # the encoder's too, in these shapes
-        return AugmentedLM.from_config(lm, self.recipe(case).variant, 12, dim)
+        dim = self.lm.config.hidden_size  # the encoder's too, in these shapes
+        return AugmentedLM.from_config(self.lm, self.recipe(case).variant, 12, dim)
 
 
 class Steps:
     """The steps of one case, by name; each returns its loss."""
 
-    def __init__(self, world: World, case: Case, compiled: bool):
+    def __init__(self, world: World, case: Case):
         self.world, self.case = world, case
         self.config = world.recipe(case).train
         self.model = world.model(case)
@@ -192,11 +185,6 @@ class Steps:
                 world.recipe(case), self.model, self.with_states.texts()
             )
             self.by_name["states"] = lambda: self._step(self._shared, self.with_states)
-        if compiled:
-            fast = world.model(case, compiled=True)
-            optimiser = make_optimiser(fast, self.config)
-            best = self.with_states if self.model.lower_is_frozen else self.batches
-            self.by_name["compiled"] = lambda: self._step(self._shared, best, fast, optimiser)
 
     def data_seconds(self, count: int = 20) -> float:
         """What drawing a batch takes."""
@@ -209,16 +197,13 @@ class Steps:
         self,
         loss_of: Callable[[AugmentedLM, Batch], torch.Tensor],
         batches: TrainingBatches | None = None,
-        model: AugmentedLM | None = None,
-        optimiser: torch.optim.AdamW | None = None,
     ) -> torch.Tensor:
-        model, optimiser = model or self.model, optimiser or self.optimiser
         batch = (batches or self.batches)[self.number]
-        set_learning_rates(optimiser, self.number, self.config)
-        optimiser.zero_grad(set_to_none=True)
-        loss = loss_of(model, batch)
+        set_learning_rates(self.optimiser, self.number, self.config)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss = loss_of(self.model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
+        self.optimiser.step()
         self.number += 1
         return loss.detach()
 
@@ -247,7 +232,8 @@ class Steps:
         return self._shared(model, whole)
 
     def _shared(self, model: AugmentedLM, batch: Batch) -> torch.Tensor:
-        return batch_loss(*losses_of(model, batch), self.config)
+        sums, counts = losses_of(model, batch)
+        return sums.sum() / counts.sum()
 
 
 def _joint_loss(
@@ -346,7 +332,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", help="of the LM")
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
     parser.add_argument("--peak", choices=["naive", "last"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="epalm-step-") as name:
@@ -369,7 +354,7 @@ def main() -> None:
 
 def _measure(world: World, case: Case, options: argparse.Namespace) -> dict[str, float]:
     """Print a case's table; median seconds by step, with both bounds and the data's."""
-    steps = Steps(world, case, options.compile)
+    steps = Steps(world, case)
     timed: dict[str, Callable[[], Any]] = {**steps.by_name, "bound": Bound(world, case)}
     if "states" in timed:
         timed["bound of states"] = Bound(world, case, lower_cached=True)
@@ -445,7 +430,7 @@ def _peak(folder: Path, options: argparse.Namespace) -> float:
     """Peak of this process, without what it had before the models; MB."""
     before = psutil.Process().memory_info().rss
     world = World(folder, options)
-    steps = Steps(world, Case("epalm", 64, 4), compiled=False)
+    steps = Steps(world, Case("epalm", 64, 4))
     gc.collect()
     reset = Path("/proc/self/clear_refs")
     if reset.is_file():

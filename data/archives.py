@@ -8,6 +8,7 @@ import errno
 import os
 import posixpath
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -21,6 +22,10 @@ OPEN_ARCHIVES = 64  # per process, well below the usual limit of open files
 LINKS = 8  # links to links that are followed
 SUFFIXES = (".zip", ".tar")
 
+_DAMAGED = (
+    KeyError, RuntimeError, NotImplementedError, EOFError, struct.error, zipfile.BadZipFile,
+    zlib.error,
+)  # fmt: skip
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".7z", ".rar")
 
 
@@ -73,13 +78,18 @@ def read_member(archive: Path, member: Member) -> bytes:
     modified = archive.stat().st_mtime_ns  # an archive that was written anew is opened anew
     if isinstance(member, TarMember):
         tar = _open_tar(archive, modified)  # held: another thread may push it out of the cache
-        content = os.pread(tar.number, member.size, member.offset)
-        if len(content) < member.size:
-            raise OSError(errno.EIO, "the archive is cut off")
-        return content
+        pieces: list[bytes] = []
+        offset, end = member.offset, member.offset + member.size
+        while offset < end:  # one call reads at most 2 GiB
+            piece = os.pread(tar.number, end - offset, offset)
+            if not piece:
+                raise OSError(errno.EIO, "the archive is cut off")
+            pieces.append(piece)
+            offset += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
     try:
         return _open_zip(archive, modified).read(member.name)
-    except (KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGED as error:
         raise OSError(errno.EIO, f"damaged or encrypted in its archive ({error})") from None
 
 
@@ -123,6 +133,8 @@ def _list_tar(archive: Path) -> dict[str, Member]:
     with tarfile.open(archive, "r:") as file:
         for info in file:
             name = _inside(archive, info.name)
+            if info.issparse():
+                raise EpalmError(f"{archive}: {name} is stored with holes; pack it anew without -S")
             if info.isfile():
                 found[name] = TarMember(info.offset_data, info.size)
             elif info.islnk():

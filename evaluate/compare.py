@@ -28,22 +28,29 @@ def compare(runs: Sequence[tuple[Mapping[str, str], dict[str, Any]]]) -> str:
     for labels, scores in runs:
         groups[tuple(labels.values())].append(scores)
     axes = list(runs[0][0])
-    kinds = sorted({kind for _, scores in runs for kind in scores["accuracy_by_type"]})
-    kinds = kinds if len(kinds) > 1 else []
-    lines = [[*axes, "runs", "trained", "accuracy", *(k or "other" for k in kinds), "shuffled",
-              "majority", "train s"]]  # fmt: skip
+    columns = list(dict.fromkeys(name for _, scores in runs for name in _cells(scores)))
+    lines = [[*axes, "runs", "trained", *columns, "train s"]]
     for values, group in groups.items():
-        columns = [
-            [s["accuracy"] for s in group],
-            *([s["accuracy_by_type"].get(kind) for s in group] for kind in kinds),
-            [s.get("shuffled_accuracy") for s in group],
-            [s.get("majority_accuracy") for s in group],
-        ]
-        seconds = statistics.mean(s["seconds"]["train"] for s in group)
-        trained = group[0]["trained_parameters"]
-        cells = map(_percent, columns)
-        lines.append([*values, str(len(group)), f"{trained:,}", *cells, f"{seconds:.0f}"])
+        cells = [_cells(scores) for scores in group]
+        means = [_percent([each.get(name) for each in cells]) for name in columns]
+        seconds = [s["seconds"]["train"] for s in group if "train" in s["seconds"]]
+        spent = f"{statistics.mean(seconds):.0f}" if seconds else "-"  # a run may be imported
+        trained = f"{group[0]['trained_parameters']:,}"
+        lines.append([*values, str(len(group)), trained, *means, spent])
     return _align(lines, len(axes))
+
+
+def _cells(scores: dict[str, Any]) -> dict[str, float | None]:
+    """A run's shares by column; exact match is called accuracy, and has its baselines."""
+    metrics = scores.get("metrics", {})
+    cells = {name: part["value"] for name, part in metrics.items() if name != "exact_match"}
+    if metrics and "exact_match" not in metrics:
+        return cells
+    cells["accuracy"] = scores["accuracy"]
+    kinds = scores["accuracy_by_type"]
+    if len(kinds) > 1:
+        cells |= {kind or "other": kinds[kind] for kind in sorted(kinds)}
+    return cells | {n: scores.get(f"{n}_accuracy") for n in ("shuffled", "majority")}
 
 
 def _percent(values: Sequence[float | None]) -> str:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from matplotlib.figure import Figure
+from matplotlib import ticker
+from matplotlib.figure import Figure, FigureBase
 
 from epalm.train.run import Run
 
 # by matplotlib on paper, and by the variables of report_style.py in a page
 THEME = {"#1b2430": "--ink", "#6b7684": "--quiet", "#1f5f8b": "--accent", "#a8b3bf": "--pale"}
 INK, QUIET, ACCENT, PALE = THEME
-LINES = ("-", "--", ":", "-.")
 _FAMILY = re.compile(r"font(-family)?:([^;\"]*?)'DejaVu Sans'[^;\"]*(?:; )?")
 
 Metrics = Sequence[Mapping[str, Any]]
@@ -23,44 +23,44 @@ Metrics = Sequence[Mapping[str, Any]]
 def draw_loss(run: Run) -> Path:
     """The run's training loss and validation scores over steps; loss.png."""
     path = run.folder / "loss.png"
-    with _settings():
-        loss_figure({run.recipe.name: run.read_metrics()}).savefig(path, dpi=150)
+    with settings():
+        loss_figure(run).savefig(path, dpi=150)
     return path
 
 
-def loss_svg(runs: Mapping[str, Metrics]) -> str:
-    """The same of one run or more, for a page."""
-    with _settings():
-        return as_svg(loss_figure(runs), "loss")
+def loss_figure(run: Run) -> Figure:
+    """The same as a figure; to be drawn within `settings`."""
+    figure = Figure(figsize=(9.2, 3.0), layout="constrained")
+    plot_training(figure, [run.read_metrics()])
+    return figure
 
 
-def loss_figure(runs: Mapping[str, Metrics]) -> Figure:
-    """Training loss beside validation scores, a line for each run.
+def plot_training(figure: FigureBase, runs: Sequence[Metrics]) -> None:
+    """Training loss beside validation scores, if there are any; a line for each run.
 
     Args:
-        runs: lines of metrics.jsonl by the run's name.
+        runs: lines of each one's metrics.jsonl.
     """
-    with _settings():
-        curves = {key: {name: _curve(lines, key) for name, lines in runs.items()}
-                  for key in ("loss", "val_accuracy")}  # fmt: skip
-        scored = any(curves["val_accuracy"].values())
-        figure = Figure(figsize=(9.2, 3.0), layout="constrained")
-        left, *right = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
-        left.set(xlabel="step", title="training loss", yscale="log")
-        left.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-        left.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        left.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    scored = any("val_accuracy" in line for lines in runs for line in lines)
+    left, *right = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
+    left.set(xlabel="step", title="training loss", yscale="log")
+    left.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    left.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    left.yaxis.set_minor_locator(ticker.NullLocator())
+    for axis in right:
+        axis.set(xlabel="step", title="validation score × 100")
+    for number, lines in enumerate(runs):
+        left.plot(*_curve(lines, "loss"), **line_style(number))
         for axis in right:
-            axis.set(xlabel="step", title="validation score × 100")
-        for number, name in enumerate(runs):
-            style = {"color": _colour(number), "linestyle": LINES[number // 3 % len(LINES)]}
-            left.plot(*curves["loss"][name], label=name, **style)
-            for axis in right:
-                steps, scores = curves["val_accuracy"][name]
-                axis.plot(steps, [100 * s for s in scores], marker="o", markersize=3.5, **style)
-        if len(runs) > 1:
-            figure.legend(loc="outside lower center", ncols=3, frameon=False)
-        return figure
+            steps, scores = _curve(lines, "val_accuracy")
+            axis.plot(steps, [100 * s for s in scores], marker="o", markersize=3.5,
+                      **line_style(number))  # fmt: skip
+
+
+def line_style(number: int) -> dict[str, str]:
+    """Colour and dashes of the n-th run; twelve differ."""
+    dashes = ("-", "--", ":", "-.")
+    return {"color": (ACCENT, QUIET, PALE)[number % 3], "linestyle": dashes[number // 3 % 4]}
 
 
 def as_svg(figure: Figure, salt: str) -> str:
@@ -70,7 +70,7 @@ def as_svg(figure: Figure, salt: str) -> str:
         salt: makes its ids; another for each figure of a page.
     """
     stream = io.StringIO()
-    with _settings(), matplotlib.rc_context({"svg.hashsalt": salt}):
+    with settings(), matplotlib.rc_context({"svg.hashsalt": salt}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -89,11 +89,8 @@ def _curve(lines: Metrics, key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in found], [value for _, value in found]
 
 
-def _colour(number: int) -> str:
-    return (ACCENT, QUIET, PALE)[number % 3]
-
-
-def _settings() -> Any:
+def settings() -> Any:
+    """Within it, figures have our colours and sizes."""
     return matplotlib.rc_context({
         "axes.edgecolor": PALE, "axes.labelcolor": QUIET, "axes.linewidth": 0.8,
         "axes.spines.top": False, "axes.spines.right": False, "axes.titlecolor": INK,

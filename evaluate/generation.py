@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
+from transformers.generation.streamers import BaseStreamer
 
 from epalm.config import DecodeConfig
 from epalm.data.example import Example
@@ -86,12 +87,14 @@ def generate_texts(
     rows: Sequence[int],
     decode: DecodeConfig,
     batch: int = 0,
+    streamer: BaseStreamer | None = None,
 ) -> list[str]:
     """Answers to B prompts about M media.
 
     Args:
         rows: (B,) which of the media each prompt is about.
         batch: number of the batch, for its draws; those of all others remain what they would be.
+        streamer: of one prompt without beams, is given the tokens as they come.
     """
     ids, mask = pad_left([codec.prompt(text) for text in prompts], codec.pad)
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
@@ -104,6 +107,7 @@ def generate_texts(
             torch.tensor(list(rows), device=model.device),
             eos_token_id=codec.eos,
             pad_token_id=codec.pad,
+            streamer=streamer,
             **generation_options(decode),
         )
     return [codec.decode(row) for row in generated[:, ids.shape[1] :].tolist()]

@@ -1,23 +1,25 @@
 """Raw media files through encoder and LM."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from epalm.address import resolve
-from epalm.config import MAIN, DataConfig, Recipe, StoreConfig, TrainConfig
+from epalm.config import MAIN, DataConfig, Recipe, Source, StoreConfig, TrainConfig
 from epalm.device import choose_device
 from epalm.errors import EpalmError
 from epalm.evaluate.generation import generate_texts
+from epalm.evaluate.stream import AnswerStreamer
 from epalm.extract.columns import column_specs, last_layers
-from epalm.extract.encoder import Encoder, build, describe
+from epalm.extract.encoder import Encoder, Preprocess, build, describe
 from epalm.extract.workers import describe_error
 from epalm.model.augmented import AugmentedLM
+from epalm.model.connection import Features
 from epalm.model.pretrained import AugmentedConfig
-from epalm.store.spec import FeatureSpec, JointSpec
+from epalm.store.spec import FeatureSpec, JointSpec, read_spec
 from epalm.train.checkpoint import load_weights
 from epalm.train.parts import build_model
 from epalm.train.run import Run
@@ -28,6 +30,7 @@ class Predictor:
 
     Attributes:
         decode: how answers are generated, of the recipe; may be replaced.
+        decode_timeout: seconds that decoding a file may take; where it is done by a process.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Predictor:
         """
         self._source = source
         self.model, self.spec, self.decode = model, spec, recipe.decode
+        self.decode_timeout = recipe.encoder.decode_timeout
         self._encoder, self._online = encoder, recipe.encoder.online
         self._layers = last_layers(recipe, column_specs(recipe, spec)[0])
 
@@ -62,39 +66,58 @@ class Predictor:
         Raises:
             EpalmError: anything of it is missing, or no or more than one source fits.
         """
-        sources = run.recipe.sources()
-        specs = {name: describe(alone) for name, alone in sources.items()}
-        source = MAIN if modality is None else _source_of(specs, modality)
-        recipe, several = sources[source], bool(run.recipe.also)
-        joint = JointSpec(specs) if several else specs[MAIN]
-        run.bind_features(joint)
-        device = choose_device(recipe.device)
-        encoder = build(recipe, device)
-        model, _ = build_model(run.recipe, joint, device, encoder)
+        source, spec = _described(run.recipe, modality)
+        alone = run.recipe.sources()[source]
+        run.bind_features(spec)
+        device = choose_device(alone.device)
+        encoder = build(alone, device)
+        model, _ = build_model(run.recipe, spec, device, encoder)
         load_weights(checkpoint, model)
-        return cls(recipe, specs[source], model, encoder, source if several else None)
+        return cls._of_source(alone, source, spec, model, encoder)
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, lm: PreTrainedModel | str | None = None, device: str = "auto"
+        cls,
+        folder: str | Path,
+        lm: PreTrainedModel | str | None = None,
+        device: str = "auto",
+        modality: str | None = None,
     ) -> "Predictor":
         """As `AugmentedLM.from_pretrained`, with the encoder.
+
+        Args:
+            modality: as in `from_run`.
 
         Raises:
             EpalmError: as there; or the encoder is missing, or not the one it was trained with.
         """
         origin = AugmentedConfig.read(resolve(str(folder)))
         recipe = _recipe(origin)
+        source, spec = _described(recipe, modality)
+        alone = recipe.sources()[source]
         place = lm.device if isinstance(lm, PreTrainedModel) else choose_device(device)
-        encoder = build(recipe, place)
+        encoder = build(alone, place)
         trained = encoder.model if recipe.encoder.train else None
         model = AugmentedLM.from_pretrained(folder, lm, device, trained)
-        spec, trained_on = describe(recipe), origin.features
-        if asdict(spec) != asdict(FeatureSpec(**trained_on)):
-            lines = "\n".join(f"  {x}" for x in spec.differences(FeatureSpec(**trained_on)))
+        trained_on = read_spec(json.dumps(origin.features))
+        if spec.canonical() != trained_on.canonical():
+            lines = "\n".join(f"  {x}" for x in spec.differences(trained_on))
             raise EpalmError(
                 f"{folder}: trained on other features than this encoder makes:\n{lines}"
             )
+        return cls._of_source(alone, source, spec, model, encoder)
+
+    @classmethod
+    def _of_source(
+        cls,
+        recipe: Recipe,
+        source: str,
+        spec: FeatureSpec | JointSpec,
+        model: AugmentedLM,
+        encoder: Encoder,
+    ) -> "Predictor":
+        if isinstance(spec, JointSpec):
+            return cls(recipe, spec.sources[source], model, encoder, source)
         return cls(recipe, spec, model, encoder)
 
     def encode(self, media: Sequence[str | Path]) -> torch.Tensor:
@@ -103,11 +126,28 @@ class Predictor:
         Raises:
             EpalmError: a file that cannot be decoded.
         """
-        inputs = torch.stack([self._input(Path(file)) for file in media])
+        return self.encode_inputs(torch.stack([self._input(Path(file)) for file in media]))
+
+    def encode_inputs(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The same of what `preprocess` made of the files: (M, *preprocess.shape) float32."""
         features = self._encoder.encode(inputs, self._layers).squeeze(2)
         if self._online:
             return features
         return features.to(getattr(torch, self.spec.dtype))  # as the store would have kept them
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """From a file's bytes to the encoder's input."""
+        return self._encoder.preprocess
+
+    def stream(self, features: torch.Tensor, prompt: str, write: Callable[[str], object]) -> None:
+        """Answer one prompt about one media, word by word; as `ask` does, but without beams."""
+        assert self.model.codec is not None
+        streamer = AnswerStreamer(self.model.codec, write)
+        generate_texts(
+            self.model, self.model.codec, [prompt], self._shown(features), [0], self.decode,
+            streamer=streamer,
+        )  # fmt: skip
 
     def ask(
         self, features: torch.Tensor, prompts: Sequence[str], rows: Sequence[int] | None = None
@@ -122,16 +162,26 @@ class Predictor:
         if rows is None:
             rows = [0] * len(prompts) if len(features) == 1 else range(len(prompts))
         assert self.model.codec is not None
-        shown = features if self._source is None else {self._source: features}
+        shown = self._shown(features)
         return generate_texts(self.model, self.model.codec, prompts, shown, rows, self.decode)
+
+    def _shown(self, features: torch.Tensor) -> Features:
+        return features if self._source is None else {self._source: features}
 
     def _input(self, file: Path) -> torch.Tensor:
         try:
-            return self._encoder.preprocess(file.read_bytes(), None)
+            return self.preprocess(file.read_bytes(), None)
         except Exception as error:  # whatever a broken file does to its decoder
             raise EpalmError(
                 f"{file}: cannot be decoded ({': '.join(describe_error(error))})"
             ) from None
+
+
+def _described(recipe: Recipe, modality: str | None) -> tuple[str, FeatureSpec | JointSpec]:
+    """The source of a modality, or the main one, and the spec of all there are."""
+    specs = {name: describe(alone) for name, alone in recipe.sources().items()}
+    source = MAIN if modality is None else _source_of(specs, modality)
+    return source, JointSpec(specs) if recipe.also else specs[MAIN]
 
 
 def _source_of(specs: Mapping[str, FeatureSpec], modality: str) -> str:
@@ -150,11 +200,15 @@ def _source_of(specs: Mapping[str, FeatureSpec], modality: str) -> str:
 
 def _recipe(origin: AugmentedConfig) -> Recipe:
     """The recipe of a trained model, of which nothing is left to train."""
+    nothing = DataConfig(kind="none", path="none")
+    specs = origin.features.get("sources", {MAIN: origin.features})
+    dtype = specs[MAIN]["dtype"]  # that of all
     return Recipe(
         name="pretrained",
-        data=DataConfig(kind="none", path="none"),
+        data=nothing,
         encoder=origin.encoder,
-        store=StoreConfig(dtype=origin.features["dtype"]),
+        also={name: Source(data=nothing, encoder=own) for name, own in origin.also.items()},
+        store=StoreConfig(dtype=dtype),
         lm=origin.lm,
         variant=origin.variant,
         text=origin.text,

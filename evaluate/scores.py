@@ -53,9 +53,7 @@ def evaluate(run: Run, parts: Parts) -> dict[str, Any]:
         media_of = control_media(examples, run.recipe.seed)
         shuffled = _timed_answers(run, parts, examples, media_of, "control")
         scored = _scored(metrics, shuffled, examples)
-        _write_predictions(
-            run, "predictions-shuffled.jsonl", examples, shuffled, media_of, scored
-        )
+        _write_predictions(run, "predictions-shuffled.jsonl", examples, shuffled, media_of, scored)
         scores["shuffled_accuracy"] = accuracy(shuffled, examples)
         scores["shuffled_accuracy_by_type"] = accuracy_by_type(shuffled, examples)
         scores["shuffled_metrics"] = _summaries(scored, examples, run.recipe.data_seed)

@@ -3,8 +3,8 @@
 import json
 from collections.abc import Sequence
 
-from epalm.data import load_dataset
 from epalm.data.example import Example
+from epalm.data.sources import load_sources
 from epalm.errors import EpalmError
 from epalm.evaluate.metrics.interval import Difference, compare
 from epalm.evaluate.scores import evaluation_examples, evaluation_metrics
@@ -19,7 +19,7 @@ def differences(a: Run, b: Run) -> dict[str, Difference]:
     Raises:
         EpalmError: predictions are missing or about other examples, or the dataset is.
     """
-    dataset = load_dataset(a.recipe)
+    dataset = load_sources(a.recipe)
     examples = evaluation_examples(a.recipe, dataset)
     predictions = [_predictions(run, examples) for run in (a, b)]
     media = [example.media for example in examples]

@@ -33,6 +33,19 @@ def format_table(scores: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def headline(scores: dict[str, Any]) -> str:
+    """The first score and its control in words; exact match where it is among the metrics."""
+    metrics, controls = scores["metrics"], scores.get("shuffled_metrics", {})
+    if "exact_match" in metrics:
+        score, shuffled = f"accuracy {scores['accuracy']:.1%}", scores.get("shuffled_accuracy")
+        control = None if shuffled is None else f"{shuffled:.1%}"
+    else:
+        name = next(iter(metrics))
+        score = f"{name} x 100 {_hundredfold(metrics[name]['value'])}"
+        control = _hundredfold(controls[name]["value"]) if controls else None
+    return score + (f" ({control} with media shuffled)" if control else "")
+
+
 def _accuracy(scores: dict[str, Any], exact: dict[str, Any] | None) -> list[str]:
     lines = [
         f"{scores['split'] + ' accuracy':<16}{'examples':>9}{'model':>9}{'shuffled':>10}"

@@ -11,7 +11,7 @@ first) and A the adapter, what is added to the residual stream is
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -71,18 +71,29 @@ class Adapters(nn.Module):
             for config in (attention, feed_forward)
         )
 
-    @contextmanager
-    def attached(self, family: LMFamily, layers: range) -> Iterator[None]:
+    def attached(self, family: LMFamily, layers: range) -> AbstractContextManager[None]:
         """Within it, these layers of the LM run with their adapters."""
-        with ExitStack() as stack:
-            for index in layers:
-                if self.attention:
-                    module = family.attention(index)
-                    stack.enter_context(_attached(self.attention[index], module, module))
-                if self.feed_forward:
-                    adapter = self.feed_forward[index]
-                    stack.enter_context(_attached(adapter, *family.feed_forward(index)))
-            yield
+        return attached(family, layers, self.attention, self.feed_forward)
+
+
+@contextmanager
+def attached(
+    family: LMFamily, layers: range, attention: nn.ModuleList, feed_forward: nn.ModuleList
+) -> Iterator[None]:
+    """Within it, these layers of the LM run with adapters.
+
+    Args:
+        attention: its adapter of each of the LM's layers; empty: none has any.
+        feed_forward: likewise.
+    """
+    with ExitStack() as stack:
+        for index in layers:
+            if attention:
+                module = family.attention(index)
+                stack.enter_context(_attached(attention[index], module, module))
+            if feed_forward:
+                stack.enter_context(_attached(feed_forward[index], *family.feed_forward(index)))
+        yield
 
 
 @contextmanager

@@ -13,7 +13,7 @@ prompt tokens, T text tokens, D encoder width, H LM width, V vocabulary, S = t +
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -172,7 +172,7 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
         cache.perceptual = prefix.tokens.shape[2]
         places = torch.arange(cache.perceptual + self.prompt_length, device=self.device)
         no_text = places.new_zeros((1, 0))
-        hidden = prefix.prompts[:1]
+        hidden = prefix.prompts[0]
         if self.prompt_length:
             lower = self._call(hidden, places[cache.perceptual :], no_text, len(places),
                                prefix_mask(self.prompt_length, self.device))  # fmt: skip
@@ -260,7 +260,7 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
         tokens = prefix.tokens.shape[2]
         positions = _positions(attention_mask)
         text = self.family.embed_text(input_ids, positions)
-        hidden = torch.cat((prefix.prompts[:1].expand(len(text), -1, -1), text), dim=1)
+        hidden = torch.cat((prefix.prompts[0].expand(len(text), -1, -1), text), dim=1)
         places = torch.arange(tokens + self.prompt_length, device=self.device)
         for layers, first in ((self.lower, tokens), (self.upper, 0)):
             mask = joint_mask(
@@ -359,7 +359,8 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
             input_ids, attention_mask = input_ids[equal.first], attention_mask[equal.first]
         queries = input_ids.shape[1]
         if cache is not None and cache.get_seq_length() == 0:
-            cache.take(self.lower, input_ids.new_zeros(len(input_ids)))
+            only = input_ids.new_zeros(len(input_ids))
+            cache.take(self.lower, only if cache.owner is None else cache.owner)
         positions = _positions(attention_mask)[:, -queries:]
         hidden = self.family.embed_text(input_ids, positions)
         tokens = cache.perceptual if cache is not None else 0
@@ -371,16 +372,22 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
 
     def _prefix(self, features: Features, rows: torch.Tensor | None = None) -> Prefix:
         """What stands before texts about media with these features; with `rows`, one for each."""
+        tokens = self.perceptual_tokens(features)
+        return Prefix(self.plan, tokens if rows is None else tokens[rows], self.prompts()[:, None])
+
+    def perceptual_tokens(self, features: Features) -> torch.Tensor:
+        """(M, n, t, H) in the LM's number format."""
+        return self.trained["connection"](features).to(self.dtype)
+
+    def prompts(self) -> torch.Tensor:
+        """(1, P, H) the prompt that enters layer 0; with deep prompts (L, P, H)."""
         if "soft_prompt" in self.trained:
             words = self.trained["soft_prompt"]().to(self.dtype)
-            prompts = self.family.embed_prompt(words)[None]
-        elif "deep_prompt" in self.trained:
-            prompts = self.trained["deep_prompt"]().to(self.dtype)
-        else:
-            width = self.family.hidden_size
-            prompts = torch.empty(1, 0, width, dtype=self.dtype, device=self.device)
-        tokens = self.trained["connection"](features).to(self.dtype)
-        return Prefix(self.plan, tokens if rows is None else tokens[rows], prompts)
+            return self.family.embed_prompt(words)[None]
+        if "deep_prompt" in self.trained:
+            return self.trained["deep_prompt"]().to(self.dtype)
+        width = self.family.hidden_size
+        return torch.empty(1, 0, width, dtype=self.dtype, device=self.device)
 
     def _call(
         self,
@@ -393,6 +400,13 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
         """Keyword arguments of a layer call; `length` is t + P."""
         extra = self.family.layer_arguments(hidden, places, positions, length)
         return {"attention_mask": mask, **extra}
+
+    def _adapters(self, layers: range, of_prefix: bool) -> AbstractContextManager[None]:
+        """Within it, these layers have their adapters, for the prefix or for the text after it."""
+        if "adapters" not in self.trained:
+            return nullcontext()
+        adapters: Adapters = self.trained["adapters"]
+        return adapters.attached(self.family, layers)
 
     def _run(
         self,
@@ -411,8 +425,7 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
             cache: grows in every layer.
             prefix: what `hidden` has before the text; None: it is in the cache already.
         """
-        adapters = self.trained["adapters"] if "adapters" in self.trained else None
-        with adapters.attached(self.family, layers) if adapters is not None else nullcontext():
+        with self._adapters(layers, prefix is not None):
             for index in layers:
                 if prefix is not None:
                     hidden = prefix.enter(index, hidden)

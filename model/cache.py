@@ -22,11 +22,13 @@ class PrefixCache(DynamicCache):
             P prefix states, the others t + P.
         prefix_in_first_layer: one of these two.
         equal: which of the texts are, until the first of them is run; None: all differ.
+        owner: (U,) of several prompts, which one each different text has; None: there is one.
     """
 
     perceptual = 0
     prefix_in_first_layer = 0
     equal: Equal | None = None
+    owner: torch.Tensor | None = None
     _keys_only = False
 
     @contextmanager

@@ -80,6 +80,13 @@ def tokens_of(features: Features) -> int:
     return some.shape[2] if some.ndim == 4 else 1
 
 
+def media_of(features: Features) -> int:
+    """M."""
+    if isinstance(features, torch.Tensor):
+        return len(features)
+    return sum(len(own) for own in features.values())
+
+
 def to_device(features: Features, device: torch.device) -> Features:
     """The features on a device, as `send` brings them there."""
     if isinstance(features, torch.Tensor):

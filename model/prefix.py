@@ -9,24 +9,28 @@ from epalm.model.injection import InjectionPlan
 
 @dataclass(frozen=True)
 class Prefix:
-    """Perceptual tokens of M media and the prompt.
+    """Perceptual tokens of M media and the prompt, or prompts of R runs that share a pass.
 
     Attributes:
         plan: at which layers perceptual tokens are put in place.
         tokens: (M, n, t, H) perceptual tokens.
-        prompts: (1, P, H) the prompt entering layer 0; with deep prompts (L, P, H), one a layer.
+        prompts: (1, R, P, H) the prompt entering layer 0; with deep prompts (L, R, P, H), one a
+            layer.
+        owner: (M,) which of the R each media's is; None: R = 1.
     """
 
     plan: InjectionPlan
     tokens: torch.Tensor
     prompts: torch.Tensor
+    owner: torch.Tensor | None = None
 
     def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What enters a layer: the states before it, with what is new here put in place.
 
         Args:
-            hidden: (M or 1, S, H) [perceptual tokens, from the first injection layer on | prompt |
-                text]; at layer 0 with its prompt.
+            hidden: (M, S, H) [perceptual tokens, from the first injection layer on | prompt |
+                text]; at layer 0 with its prompt. (R, S, H) up to the first injection layer, where
+                there is no text.
         """
         source = self.plan.source[layer]
         own_prompt = layer > 0 and len(self.prompts) > 1
@@ -35,9 +39,14 @@ class Prefix:
         width = self.tokens.shape[2] if layer > self.plan.start else 0
         front, rest = hidden[:, :width], hidden[:, width:]
         if own_prompt:
-            prompt = self.prompts[layer].expand(len(rest), -1, -1)
-            rest = torch.cat((prompt, rest[:, self.prompts.shape[1] :]), dim=1)
+            prompt = self.prompts[layer]
+            if self.owner is not None and layer > self.plan.start:
+                prompt = prompt[self.owner]
+            prompt = prompt.expand(len(rest), -1, -1)
+            rest = torch.cat((prompt, rest[:, prompt.shape[1] :]), dim=1)
         if source is not None:
             front = self.tokens[:, source]
+            if self.owner is not None and layer == self.plan.start:
+                rest = rest[self.owner]
             rest = rest.expand(len(front), -1, -1)
         return torch.cat((front, rest), dim=1)

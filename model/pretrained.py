@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from epalm.address import resolve
 from epalm.config import (
+    MAIN,
     DecodeConfig,
     EncoderConfig,
     LMConfig,
@@ -74,7 +75,9 @@ class AugmentedConfig(Section):
     """What a trained model is made of: the sections of its recipe that outlive the training.
 
     Attributes:
-        features: the FeatureSpec of the features it was trained on, as a JSON object.
+        also: encoders of further sources, by name.
+        features: the FeatureSpec of the features it was trained on, as a JSON object; of several
+            sources the JointSpec.
         fingerprint: of that spec.
         lm_identity: None until it is saved.
     """
@@ -83,6 +86,7 @@ class AugmentedConfig(Section):
     lm: LMConfig
     lm_identity: LMIdentity | None = None
     encoder: EncoderConfig
+    also: dict[str, EncoderConfig] = {}
     features: dict[str, Any]
     fingerprint: str
     variant: VariantConfig
@@ -92,10 +96,19 @@ class AugmentedConfig(Section):
     @field_validator("features")
     @classmethod
     def _has_sizes(cls, features: dict[str, Any]) -> dict[str, Any]:
-        missing = [key for key in ("layers", "dim") if not isinstance(features.get(key), int)]
-        if missing:
-            raise ValueError(f"says no {' and no '.join(missing)}")
+        for spec in _by_source(features).values():
+            missing = [key for key in ("layers", "dim") if not isinstance(spec.get(key), int)]
+            if missing:
+                raise ValueError(f"says no {' and no '.join(missing)}")
         return features
+
+    @property
+    def sizes(self) -> tuple[int, int | dict[str, int]]:
+        """Layers that all encoders have, and the width of the only one's tokens, or by source."""
+        specs = _by_source(self.features)
+        layers = min(spec["layers"] for spec in specs.values())
+        dims = {name: spec["dim"] for name, spec in specs.items()}
+        return layers, dims if self.also else dims[MAIN]
 
     @classmethod
     def of_recipe(
@@ -104,6 +117,7 @@ class AugmentedConfig(Section):
         return cls(
             lm=recipe.lm,
             encoder=recipe.encoder,
+            also={name: source.encoder for name, source in recipe.also.items()},
             features=features,
             fingerprint=fingerprint,
             variant=recipe.variant,
@@ -143,7 +157,8 @@ class AugmentedConfig(Section):
     def write(self, folder: Path) -> None:
         """Write it into a folder, local addresses as seen from there."""
         config = self._with_addresses(lambda path: os.path.relpath(Path(path), folder))
-        _replace(folder / CONFIG, lambda file: file.write_text(config.model_dump_json(indent=2)))
+        text = config.model_dump_json(indent=2, exclude=None if self.also else {"also"})
+        _replace(folder / CONFIG, lambda file: file.write_text(text))
 
     def _with_addresses(self, change: Callable[[str], str]) -> "AugmentedConfig":
         """The config with its relative local addresses changed."""
@@ -154,8 +169,14 @@ class AugmentedConfig(Section):
                 return section
             return section.model_copy(update={"weights": change(address)})
 
-        update = {"lm": changed(self.lm), "encoder": changed(self.encoder)}
+        also = {name: changed(encoder) for name, encoder in self.also.items()}
+        update = {"lm": changed(self.lm), "encoder": changed(self.encoder), "also": also}
         return self.model_copy(update=update)
+
+
+def _by_source(features: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = features.get("sources", {MAIN: features})
+    return found
 
 
 def write_pretrained(
@@ -250,8 +271,7 @@ class PretrainedMixin:
             _check_shape(place, origin, load_lm_config(origin.lm.weights))
             _check_digest(place, origin)
             loaded = load_lm(origin.lm, choose_device(device), origin.variant.train_lm)
-        sizes = origin.features["layers"], origin.features["dim"]
-        model: Self = cls.from_config(loaded, origin.variant, *sizes)
+        model: Self = cls.from_config(loaded, origin.variant, *origin.sizes)
         if encoder is not None:
             model.trained["encoder"] = encoder
         put_weights(model.trained, _read_weights(place / WEIGHTS), str(place / WEIGHTS))

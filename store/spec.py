@@ -114,6 +114,11 @@ class JointSpec:
         """As FeatureSpec's."""
         return _canonical(asdict(self))
 
+    @property
+    def fingerprint(self) -> str:
+        """As FeatureSpec's."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()[:16]
+
     def differences(self, other: "FeatureSpec | JointSpec") -> list[str]:
         """One line per field in which the spec that is there differs from this, the wanted one."""
         there = other.sources if isinstance(other, JointSpec) else {}

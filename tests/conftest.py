@@ -26,7 +26,7 @@ from epalm.extract.loop import extract
 from epalm.pipeline import main
 from epalm.train.batches import TrainingBatches
 from epalm.train.checkpoint import Progress
-from epalm.train.loop import Validate, train
+from epalm.train.loop import Training, Validate, train
 from epalm.train.parts import Parts, assemble
 from epalm.train.run import Run
 
@@ -225,4 +225,4 @@ def fit(
     run: Run, parts: Parts, validate: Validate | None, max_steps: int | None = None
 ) -> Progress:
     """Train a run on its parts' training examples."""
-    return train(run, parts, batches_of(parts), validate, max_steps)
+    return train(Training(run, parts, batches_of(parts), validate, max_steps))

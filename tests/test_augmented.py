@@ -145,6 +145,23 @@ def test_shared_prefix_equals_the_joint_pass(model: AugmentedLM, batch: dict) ->
         torch.testing.assert_close(mine / scale, expected / scale, atol=1e-6, rtol=0)
 
 
+def test_the_last_states_alone_equal_the_whole(model: AugmentedLM, batch: dict) -> None:
+    """States and gradients; the last layer's feed-forward part sees no other token."""
+    rows: list[int] = []
+    first, _ = model.family.feed_forward(len(model.family.layers) - 1)
+    first.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[:-1].numel()))
+    found = []
+    for last in (None, 2):
+        model.trained.zero_grad()
+        states = model.states(**batch, last=last)[:, -2:]
+        (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
+        grads = [p.grad for p in model.trained.parameters()]
+        found.append([states.detach(), *(g / g.abs().max() for g in grads)])
+    assert rows == [batch["input_ids"].numel(), 2 * len(batch["input_ids"])]
+    for whole, alone in zip(*found, strict=True):
+        torch.testing.assert_close(alone, whole, **FLOAT)
+
+
 def test_batch_and_padding_change_no_greedy_token(model: AugmentedLM, batch: dict) -> None:
     together = generate(model, batch)
     for row in range(len(together)):

@@ -33,7 +33,7 @@ def test_extract_train_evaluate_predict(cli: Cli, toy: Toy, tmp_path: Path) -> N
     scores = json.loads((run / "scores.json").read_text())
     assert f"{scores['accuracy']:.1%}" in evaluated.output
     assert {"extract", "train", "evaluate", "control"} <= scores["seconds"].keys()
-    for name in ("loss.png", "examples.html", "predictions.jsonl", "predictions-shuffled.jsonl"):
+    for name in ("loss.png", "report.html", "predictions.jsonl", "predictions-shuffled.jsonl"):
         assert (run / name).stat().st_size > 0
     with_beams = cli("evaluate", run, "--set", "decode.num_beams=3", "--checkpoint", "last")
     assert with_beams.exit_code == 0
@@ -78,6 +78,7 @@ def test_captions_go_through(cli: Cli, toy: Toy, tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = cli("run", recipe)
     assert done.exit_code == 0, done.output
+    assert "evaluate: cider x 100 " in done.output and "with media shuffled" in done.output
 
 
 def test_bad_recipe(cli: Cli, toy: Toy, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from epalm.config import Recipe, dump_recipe, load_recipe
 from epalm.errors import EpalmError
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+SHIPPED = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "sweeps")
 DEMO = ROOT / "recipes" / "demo.yaml"
 
 

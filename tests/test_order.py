@@ -46,6 +46,17 @@ def test_all_once_shuffled_and_alike_only_in_groups(questions: tuple) -> None:
     assert 0.3 < rises / len(means) < 0.7  # not from short to long
 
 
+def test_every_example_has_its_turn() -> None:
+    """Also the longest, where a batch is large and what is left out is much."""
+    media = [str(n // 2) for n in range(100)]
+    lengths = list(range(5, 105))
+    seen = [set(order_of_epoch(media, lengths, 64, 4, random.Random(n))) for n in range(20)]
+    assert {len(epoch) for epoch in seen} == {64}
+    assert set.union(*seen) == set(range(100))
+    longest = sum(len(epoch & set(range(90, 100))) for epoch in seen)
+    assert 90 < longest < 165  # 128 expected, of 200
+
+
 def test_a_group_is_of_one_media_and_of_like_length() -> None:
     media = ["a"] * 6 + ["b"] * 2
     lengths = [20, 21, 22, 23, 24, 30, 20, 40]

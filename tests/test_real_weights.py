@@ -62,7 +62,7 @@ def test_dinov2_features_tell_images_apart(demo: Recipe) -> None:
 def test_smollm2_speaks() -> None:
     config = load_recipe(DEMO).lm
     lm = load_lm(LMConfig(weights=config.weights, dtype="float32"), CPU)
-    tokenizer = load_tokenizer(config, TextConfig(), lm.config.vocab_size)
+    tokenizer = load_tokenizer(config.weights, TextConfig(), lm.config.vocab_size)
     assert (lm.config.num_hidden_layers, tokenizer.eos_token) == (30, "<|im_end|>")
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     ids = lm.generate(**prompt, max_new_tokens=1, do_sample=False, pad_token_id=2)

@@ -29,7 +29,8 @@ class Batch:
         input_ids: (B, T) prompt and answer without its last token, padded on the left.
         attention_mask: (B, T) 1 for real tokens.
         labels: (B, T) the id that follows each token, -100 where it is not learnt.
-        features: (M, n, D) or (M, n, t, D) as stored; of several sources, of each by name.
+        features: (M, n, D) or (M, n, t, D) as stored; of several sources, of each by name; where
+            nothing is cached, what the encoder is shown.
         rows: (B,) which media each text is about.
         equal: which texts are.
         labelled: (N,) where in the flat labels of the last tokens something is to be learnt.

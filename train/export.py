@@ -7,7 +7,6 @@ from epalm.errors import EpalmError
 from epalm.model.load import load_lm_config, load_tokenizer
 from epalm.model.pretrained import CONFIG, AugmentedConfig, write_pretrained
 from epalm.model.text import TextCodec
-from epalm.store.spec import JointSpec
 from epalm.train.checkpoint import read_weights
 from epalm.train.run import Run
 
@@ -21,11 +20,6 @@ def export(run: Run, checkpoint: Path, folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise EpalmError(f"{folder}: not empty and not an exported model; choose another folder")
     recipe, spec = run.recipe, run.recorded_features()
-    if isinstance(spec, JointSpec):
-        raise EpalmError(
-            f"{run.folder}: has several sources ({', '.join(spec.sources)}); only a model of one "
-            "can be exported"
-        )
     if spec is None:
         raise EpalmError(f"{run.folder}: holds no features.json; run `evaluate` on it first")
     weights = read_weights(checkpoint)

@@ -60,11 +60,8 @@ class Log:
         )
         if "encode_share" in line and not self._told:
             self._told = True
-            trained = self.run.recipe.encoder.train
-            self.say(
-                f"no features are cached: {line['encode_share']:.0%} of this time went into the "
-                + ("encoder's forward pass" if trained else "encoder; encoder.online=false saves it")
-            )
+            forward = "forward alone" if self.run.recipe.encoder.train else "encoder.online"
+            self.say(f"encoding took {line['encode_share']:.0%} of this time ({forward})")
 
     def say(self, words: str) -> None:
         """A line above the bar."""

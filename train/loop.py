@@ -1,6 +1,7 @@
-"""The training loop, top to bottom."""
+"""The training loop: `train` runs it, `Training` is what happens between its steps."""
 
 from collections.abc import Callable
+from types import TracebackType
 
 from epalm.errors import EpalmError
 from epalm.train.batches import TrainingBatches
@@ -11,106 +12,159 @@ from epalm.train.log import Log
 from epalm.train.optimiser import learning_rates, make_optimiser
 from epalm.train.parts import Parts
 from epalm.train.run import Run
-from epalm.train.step import Stepper
+from epalm.train.step import Outcome, Stepper
 
 Validate = Callable[[Parts], float]
 """Scores the model on the validation split; higher is better."""
 
 
-def train(
-    run: Run,
-    parts: Parts,
-    batches: TrainingBatches,
-    validate: Validate | None,
-    max_steps: int | None = None,
-) -> Progress:
+def train(training: "Training") -> Progress:
     """Train, or go on with, a run; returns where it ended.
 
     Safe to interrupt: it resumes from the last checkpoint and then, on a CPU, gives the same
     weights bit for bit as an undisturbed training on the same machine. All processes that were
     started together call it; the main one writes.
 
+    Raises:
+        EpalmError: the loss is not finite any more; the last checkpoint is kept.
+    """
+    if not training.over:
+        with training:
+            step = training.stepper()
+            while not training.over:
+                training.after(step(training.progress.step))
+    return training.progress
+
+
+class Training:
+    """A run's training between steps: what is logged, validated and saved after each.
+
+    It is to be entered while it takes steps.
+
+    Attributes:
+        progress: how far it is.
+
     Args:
-        run: its folder takes checkpoints and metrics.
+        run: its folder takes checkpoints and metrics; its last checkpoint is loaded.
         parts: dataset, features and model of the run's recipe.
         batches: by step.
         validate: None where the dataset has no validation split; then the last weights are best.
         max_steps: stop after this step of the recipe's, to go on another time.
-
-    Raises:
-        EpalmError: the loss is not finite any more; the last checkpoint is kept.
     """
-    config, model, accelerator = run.recipe.train, parts.model, parts.accelerator
-    if config.patience is not None and validate is None:
-        raise EpalmError("train.patience: the dataset has no val split to lose patience with")
-    main = run.writes = accelerator.is_main_process
-    run.bind_features(parts.features.spec)
-    if parts.features.extraction is not None:
-        run.add_stage("extract", parts.features.extraction)
-    optimiser = make_optimiser(model, config)
-    progress = load_state(run.last, model, optimiser) if run.last.is_file() else Progress()
-    accelerator.wait_for_everyone()  # all have read what the main process will replace
-    end = min(config.steps, max_steps or config.steps)
-    if progress.step >= end or lost_patience(progress, config.patience):
-        return progress
 
-    first = progress.step
-    clock = Clock(run, batches.online.encoding if batches.online is not None else None)
-    guard = FiniteGuard(parts.device)
-    step = Stepper(model, optimiser, batches, config, accelerator, clock)
-    with Log(run, first, enabled=main) as log:
-        while progress.step < end and not lost_patience(progress, config.patience):
-            outcome = step(progress.step)
-            guard.note(progress.step, outcome)
-            progress.step += 1
-            log.bar.update()
+    def __init__(
+        self,
+        run: Run,
+        parts: Parts,
+        batches: TrainingBatches,
+        validate: Validate | None,
+        max_steps: int | None = None,
+    ):
+        config, accelerator = run.recipe.train, parts.accelerator
+        if config.patience is not None and validate is None:
+            raise EpalmError("train.patience: the dataset has no val split to lose patience with")
+        self.run, self.parts, self.batches, self.validate = run, parts, batches, validate
+        run.writes = accelerator.is_main_process
+        run.bind_features(parts.features.spec)
+        if parts.features.extraction is not None:
+            run.add_stage("extract", parts.features.extraction)
+        self.optimiser = make_optimiser(parts.model, config)
+        found = run.last.is_file()
+        self.progress = load_state(run.last, parts.model, self.optimiser) if found else Progress()
+        accelerator.wait_for_everyone()  # all have read what the main process will replace
+        self.first = self.progress.step
+        self.end = min(config.steps, max_steps or config.steps)
+        self.clock = Clock(run, batches.online.encoding if batches.online is not None else None)
+        self._guard = FiniteGuard(parts.device)
 
-            done, last = progress.step, progress.step == config.steps
-            logs = done % config.log_every == 0 or last or done == 1
-            validates = validate is not None and (
-                last or done % (config.val_every or config.steps) == 0
-            )
-            saves = done == end or done % config.checkpoint_every == 0
-            if logs or validates or saves:
-                with clock.running("step"):  # a GPU is waited for here
-                    guard.check(run, batches, accelerator)
-            if logs:
-                line = {
-                    "loss": accelerator.reduce(outcome.loss, "mean").item(),
-                    "lr": learning_rates(done - 1, config).connection,
-                    **clock.lap(),
-                    "peak_memory_bytes": peak_memory(parts.device),
-                }
-                log.write(done, line)
-                log.show(line)
-            if validate is not None and validates:
-                with clock.running("validate"):
-                    score = validate(parts)
-                log.write(done, {"val_accuracy": score})
-                log.say(f"step {done}: val accuracy {score:.1%}")
-                progress.stale += 1
-                if score > progress.best_score:
-                    progress.best_score, progress.best_step, progress.stale = score, done, 0
-                    if main:
-                        save_weights(run.best, model, progress)
-            if last and validate is None:
-                progress.best_step = done
-                if main:
-                    save_weights(run.best, model, progress)
-            if main and (saves or lost_patience(progress, config.patience)):
-                save_state(run.last, model, optimiser, progress)
-                clock.record(done * config.batch_size)
-        if progress.step < end:
-            log.say(
-                f"step {progress.step}: no better score in {progress.stale} validations, the "
-                "training ends here (train.patience)"
-            )
-        rates = words_for_rates(clock.total(), peak_memory(parts.device))
-        log.say(f"train: {progress.step - first} steps in {clock.training:.1f} s; {rates}")
-    accelerator.wait_for_everyone()  # the main process has written all
-    return progress
+    @property
+    def over(self) -> bool:
+        """It has taken its last step, or has lost patience."""
+        return self.progress.step >= self.end or self._impatient
 
+    def stepper(self) -> Stepper:
+        """Takes its steps."""
+        config, accelerator = self.run.recipe.train, self.parts.accelerator
+        return Stepper(
+            self.parts.model, self.optimiser, self.batches, config, accelerator, self.clock
+        )
 
-def lost_patience(progress: Progress, patience: int | None) -> bool:
-    """Whether so many validations in a row were not better than the best before."""
-    return patience is not None and progress.stale >= patience
+    def __enter__(self) -> "Training":
+        self.log = Log(self.run, self.first, enabled=self.run.writes).__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            progress, say = self.progress, self.log.say
+            if progress.step < self.end:
+                say(
+                    f"step {progress.step}: no better score in {progress.stale} validations, the "
+                    "training ends here (train.patience)"
+                )
+            rates = words_for_rates(self.clock.total(), peak_memory(self.parts.device))
+            steps, seconds = progress.step - self.first, self.clock.training
+            say(f"train: {steps} steps in {seconds:.1f} s; {rates}")
+        self.log.__exit__(kind, error, trace)
+        if error is None:
+            self.parts.accelerator.wait_for_everyone()  # the main process has written all
+
+    def after(self, outcome: Outcome) -> None:
+        """What follows the step that was taken."""
+        config, model, progress = self.run.recipe.train, self.parts.model, self.progress
+        self._guard.note(progress.step, outcome)
+        progress.step += 1
+        self.log.bar.update()
+
+        done, last = progress.step, progress.step == config.steps
+        logs = done % config.log_every == 0 or last or done == 1
+        validates = self.validate is not None and (
+            last or done % (config.val_every or config.steps) == 0
+        )
+        saves = done == self.end or done % config.checkpoint_every == 0
+        if logs or validates or saves:
+            with self.clock.running("step"):  # a GPU is waited for here
+                self._guard.check(self.run, self.batches, self.parts.accelerator)
+        if logs:
+            line = {
+                "loss": self.parts.accelerator.reduce(outcome.loss, "mean").item(),
+                "lr": learning_rates(done - 1, config).connection,
+                **self.clock.lap(),
+                "peak_memory_bytes": peak_memory(self.parts.device),
+            }
+            self.log.write(done, line)
+            self.log.show(line)
+        if validates:
+            self._validate()
+        if last and self.validate is None:
+            progress.best_step = done
+            self._save_best()
+        if self.run.writes and (saves or self._impatient):
+            save_state(self.run.last, model, self.optimiser, progress)
+            self.clock.record(done * config.batch_size)
+
+    def _validate(self) -> None:
+        assert self.validate is not None
+        progress = self.progress
+        with self.clock.running("validate"):
+            score = self.validate(self.parts)
+        self.log.write(progress.step, {"val_accuracy": score})
+        self.log.say(f"step {progress.step}: val accuracy {score:.1%}")
+        progress.stale += 1
+        if score > progress.best_score:
+            progress.best_score, progress.best_step, progress.stale = score, progress.step, 0
+            self._save_best()
+
+    def _save_best(self) -> None:
+        if self.run.writes:
+            save_weights(self.run.best, self.parts.model, self.progress)
+
+    @property
+    def _impatient(self) -> bool:
+        """So many validations in a row were not better than the best before."""
+        patience = self.run.recipe.train.patience
+        return patience is not None and self.progress.stale >= patience

@@ -3,7 +3,6 @@
 import torch
 from torch.nn.functional import cross_entropy
 
-from epalm.config import TrainConfig
 from epalm.model.augmented import AugmentedLM
 from epalm.model.connection import Features
 from epalm.model.text import Equal
@@ -59,13 +58,3 @@ def example_losses(
     row_of = labelled // labels.shape[1]
     sums = losses.new_zeros(len(labels)).index_add(0, row_of, losses)
     return sums, (labels != -100).sum(dim=1)
-
-
-def batch_loss(sums: torch.Tensor, counts: torch.Tensor, config: TrainConfig) -> torch.Tensor:
-    """The scalar that is minimised.
-
-    `answer`: mean over all labels. `all`: sum over labels divided by B, as the official code does
-    with a scale of 0.1 (convention 13).
-    """
-    total = sums.sum() / (counts.sum() if config.loss == "answer" else len(sums))
-    return total * config.loss_scale

@@ -17,16 +17,33 @@ def order_of_epoch(
     examples_per_media: int,
     draw: random.Random,
 ) -> list[int]:
-    """Indices of the examples, batch after batch; what fills no batch is left out.
+    """Indices of the examples, batch after batch; a random rest that fills no batch is left out.
 
     Examples about one media stand in groups, so that its prefix is shared, if they are about as
-    long; groups of like length stand together, so that under a twentieth of a batch is padding.
-    Everything else is shuffled.
+    long; groups of like length stand together within a pool, so that little is padding. Everything
+    else is shuffled.
 
     Args:
         media: of each example.
         lengths: tokens of each.
     """
+    groups = _groups(media, lengths, examples_per_media, draw)
+    draw.shuffle(groups)
+    _drop(groups, len(media) % batch_size)
+    order: list[int] = []
+    for number, pool in enumerate(_pools(groups, POOL * batch_size)):
+        # up and down in turns: where two pools meet in a batch, their texts are alike too
+        pool.sort(key=lambda group: (lengths[group[-1]], lengths[group[0]]), reverse=number % 2 > 0)
+        order += (index for group in pool for index in group)
+    batches = list(chunks(order, batch_size))
+    draw.shuffle(batches)
+    return [index for batch in batches for index in batch]
+
+
+def _groups(
+    media: Sequence[str], lengths: Sequence[int], most: int, draw: random.Random
+) -> list[list[int]]:
+    """At most so many examples about one media each, of like length."""
     by_media: dict[str, list[int]] = defaultdict(list)
     for index, name in enumerate(media):
         by_media[name].append(index)
@@ -34,25 +51,24 @@ def order_of_epoch(
     for indices in by_media.values():
         draw.shuffle(indices)
         indices.sort(key=lengths.__getitem__)
+        group: list[int] = []
         for index in indices:
-            alike = groups and media[groups[-1][0]] == media[index]
-            if alike and len(groups[-1]) < examples_per_media:
-                if lengths[index] - lengths[groups[-1][0]] <= SPREAD * lengths[index]:
-                    groups[-1].append(index)
-                    continue
-            groups.append([index])
-    draw.shuffle(groups)
-    batches: list[Sequence[int]] = []
-    carried: Sequence[int] = []
-    for pool in _pools(groups, POOL * batch_size):
-        pool.sort(key=lambda group: (lengths[group[-1]], lengths[group[0]]))
-        together = [*carried, *(index for group in pool for index in group)]
-        *whole, carried = chunks(together, batch_size)
-        batches += whole
-    if len(carried) == batch_size:
-        batches.append(carried)
-    draw.shuffle(batches)
-    return [index for batch in batches for index in batch]
+            differs = group and lengths[index] - lengths[group[0]] > SPREAD * lengths[index]
+            if not group or len(group) == most or differs:
+                group = []
+                groups.append(group)
+            group.append(index)
+    return groups
+
+
+def _drop(groups: list[list[int]], count: int) -> None:
+    """Take so many examples from the end of shuffled groups."""
+    while count:
+        dropped = groups[-1][:count]
+        del groups[-1][:count]
+        count -= len(dropped)
+        if not groups[-1]:
+            groups.pop()
 
 
 def _pools(groups: Sequence[list[int]], examples: int) -> list[list[list[int]]]:

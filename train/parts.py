@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 
 from epalm.config import Recipe
 from epalm.data import load_dataset
@@ -94,11 +95,18 @@ def build_model(
     lm = load_lm(recipe.lm, device, recipe.variant.train_lm)
     rows = lm.get_input_embeddings().weight.shape[0]
     codec = TextCodec(load_tokenizer(recipe.lm.weights, recipe.text, rows), recipe.text)
-    torch.manual_seed(recipe.seed)
-    model = AugmentedLM.from_config(lm, recipe.variant, spec.layers, spec.dim)
-    if isinstance(spec, FeatureSpec):
-        model.origin = AugmentedConfig.of_recipe(recipe, asdict(spec), spec.fingerprint)
-    model.codec = codec
+    model = augment(lm, codec, recipe, spec)
     if recipe.encoder.train:
         model.trained["encoder"] = (encoder or build(recipe, device)).model
     return model, codec
+
+
+def augment(
+    lm: PreTrainedModel, codec: TextCodec, recipe: Recipe, spec: FeatureSpec | JointSpec
+) -> AugmentedLM:
+    """A recipe's variant on an LM, its trained parts freshly initialised from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    model = AugmentedLM.from_config(lm, recipe.variant, spec.layers, spec.dim)
+    model.origin = AugmentedConfig.of_recipe(recipe, asdict(spec), spec.fingerprint)
+    model.codec = codec
+    return model

@@ -6,9 +6,10 @@ of how many this is. The main process writes all files, bars and lines.
 
 import os
 import sys
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from epalm.device import choose_device
 from epalm.errors import EpalmError
@@ -31,7 +32,9 @@ def join_processes(device: str) -> Accelerator:
         mixed_precision="no",  # formats are the recipe's: lm.dtype, and float32 for what is trained
         kwargs_handlers=[
             # a variant may have parameters that take no part in the loss
-            DistributedDataParallelKwargs(find_unused_parameters=True)
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            # the others wait while the main process decodes a dataset, or scores it
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),
         ],
     )
     if accelerator.num_processes > 1 and device not in ("auto", "cpu", "cuda"):

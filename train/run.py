@@ -8,7 +8,9 @@ RUNS/NAME/
     checkpoints/last.safetensors, best.safetensors
     stages.json                  time and rate of each stage
     not-finite-STEP.json, .safetensors   the batch that stopped a training (docs/training.md)
-    predictions.jsonl, predictions-shuffled.jsonl, scores.json, loss.png, examples.html
+    predictions.jsonl, predictions-shuffled.jsonl, scores.json, loss.png, report.html
+    partial-PASS-….jsonl         answers of an evaluation that was interrupted
+    on/NAME/                     an evaluation on another recipe's data
 """
 
 import json
@@ -73,13 +75,19 @@ class Run:
         return cls(Path(recipe.runs) / recipe.name, recipe)
 
     @classmethod
-    def open(cls, folder: str | Path, overrides: tuple[str, ...] = ()) -> "Run":
-        """An existing run; EpalmError when the folder is none or holds no trained weights."""
+    def open(
+        cls, folder: str | Path, overrides: tuple[str, ...] = (), trained: bool = True
+    ) -> "Run":
+        """An existing run; EpalmError when the folder is none or holds no trained weights.
+
+        Args:
+            trained: False: only what was written of it is wanted, its weights need not be there.
+        """
         folder = Path(folder)
         if not (folder / "recipe.yaml").is_file():
             raise EpalmError(f"{folder}: not a run folder (no recipe.yaml)")
         run = cls(folder, load_recipe(folder / "recipe.yaml", overrides))
-        if not (run.last.is_file() or run.best.is_file()):
+        if trained and not (run.last.is_file() or run.best.is_file()):
             raise EpalmError(f"{folder}: holds no trained weights ({run.last}); run `train` first")
         return run
 

@@ -87,35 +87,49 @@ class Stepper:
 
     def __call__(self, step: int) -> Outcome:
         """Learn from the batch of a step, from 0."""
-        config, accelerator = self.config, self.accelerator
+        factor = self.begin(step)
+        total = torch.zeros((), device=self.batches.device)
+        for index in range(self.config.accumulate):
+            batch = self.piece(step, index)
+            with self.clock.running("step"):
+                if index < self.config.accumulate - 1:
+                    with self.accelerator.no_sync(self.piece_loss):
+                        total += self._learn_from(batch, factor)
+                else:
+                    total += self._learn_from(batch, factor)
+        return Outcome(total, self.end())
+
+    def begin(self, step: int) -> float:
+        """Forget the step before; the factor on the summed loss of each piece."""
+        config = self.config
         set_learning_rates(self.optimiser, step, config)
         self.optimiser.zero_grad(set_to_none=True)
         whole = self.batches.size(step)
         self.clock.count_batch(whole)
         # processes average their gradients, so that each has to give its share as many times
-        factor = config.loss_scale * accelerator.num_processes
-        factor /= whole.labels if config.loss == "answer" else whole.examples
-        total = torch.zeros((), device=self.batches.device)
-        for index in range(config.accumulate):
-            with self.clock.running("data"):
-                piece = accelerator.process_index * config.accumulate + index
-                batch = self.batches.piece(step, piece, self.pieces)
-                size = self.batches.size(step, piece, self.pieces)
-                self.clock.count_piece(size, batch.input_ids.numel())
-                if index < config.accumulate - 1:
-                    self.batches.prepare(step, piece + 1, self.pieces)
-                elif step + 1 < config.steps:
-                    self.batches.prepare(step + 1, piece + 1 - config.accumulate, self.pieces)
-            with self.clock.running("step"):
-                if index < config.accumulate - 1:
-                    with accelerator.no_sync(self.piece_loss):
-                        total += self._learn_from(batch, factor)
-                else:
-                    total += self._learn_from(batch, factor)
+        factor = config.loss_scale * self.accelerator.num_processes
+        return factor / (whole.labels if config.loss == "answer" else whole.examples)
+
+    def piece(self, step: int, index: int) -> Batch:
+        """Piece `index` of this process's share of a batch."""
+        count = self.config.accumulate
+        with self.clock.running("data"):
+            piece = self.accelerator.process_index * count + index
+            batch = self.batches.piece(step, piece, self.pieces)
+            size = self.batches.size(step, piece, self.pieces)
+            self.clock.count_piece(size, batch.input_ids.numel())
+            if index < count - 1:
+                self.batches.prepare(step, piece + 1, self.pieces)
+            elif step + 1 < self.config.steps:
+                self.batches.prepare(step + 1, piece + 1 - count, self.pieces)
+        return batch
+
+    def end(self) -> torch.Tensor:
+        """Change the parameters; the gradient's length before it was clipped."""
         with self.clock.running("step"):
             norm = self._clip()
             self.optimiser.step()
-        return Outcome(total, norm)
+        return norm
 
     def _learn_from(self, batch: Batch, factor: float) -> torch.Tensor:
         loss = self.piece_loss(batch) * factor

@@ -11,18 +11,19 @@ class Stopwatch:
     """Seconds of work on a device; a GPU is not waited for while it works."""
 
     def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
+        self._device = device
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Count the work that is begun inside the block."""
-        if self._on_gpu:
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+            begin.record(stream)
             yield
-            end.record()
+            end.record(stream)
             self._events.append((begin, end))
         else:
             start = time.perf_counter()

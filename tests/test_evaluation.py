@@ -1,0 +1,251 @@
+"""Evaluations that are interrupted, batched otherwise, shared by processes, or held elsewhere."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from click.testing import Result
+from PIL import Image
+
+from epalm.config import load_recipe
+from epalm.errors import EpalmError
+from epalm.evaluate import generation
+from epalm.evaluate.elsewhere import elsewhere
+from epalm.evaluate.generation import generate_answers
+from epalm.evaluate.order import evaluation_batches
+from epalm.evaluate.partial import PartialAnswers, binding_of
+from epalm.evaluate.scores import evaluate
+from epalm.train.checkpoint import Progress, save_weights
+from epalm.train.parts import Parts
+from epalm.train.run import Run
+from tests.test_cli import refused
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def parts(prepare: Callable[..., Parts]) -> Parts:
+    """An untrained model whose answers depend on the image; batches of 4."""
+    parts = prepare("decode.batch_size=4")
+    for parameter in parts.model.trained["connection"].parameters():
+        parameter.data *= 20
+    return parts
+
+
+@pytest.fixture
+def run(parts: Parts) -> Run:
+    """The same as a run folder."""
+    run = Run.create(parts.recipe)
+    save_weights(run.best, parts.model, Progress())
+    run.bind_features(parts.features.spec)
+    return run
+
+
+def test_batches_waste_little() -> None:
+    media = ["a", "b", "c"] * 40
+    lengths = [5 + (7 * n) % 13 for n in range(120)]
+    sources = ["x" if n < 60 else "y" for n in range(120)]
+    batches = evaluation_batches(sources, media, lengths, 8)
+    assert sorted(place for batch in batches for place in batch) == list(range(120))
+    assert [len(batch) for batch in batches] == [8] * 15
+    assert [sources[p] for batch in batches for p in batch] == sorted(sources)
+    assert lengths[batches[0][0]] == max(lengths)
+    padded = sum(len(batch) * max(lengths[p] for p in batch) for batch in batches)
+    assert sum(lengths) / padded > 0.85
+    prefixes = sum(len({media[p] for p in batch}) for batch in batches)
+    assert prefixes < 120 / 3  # at most so many where every media stood alone in groups of 3
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_answers_do_not_depend_on_the_batch(parts: Parts, beams: int) -> None:
+    examples = parts.dataset.split("test")
+    found = []
+    for size in (1, 5, 64):
+        update = {"batch_size": size, "num_beams": beams, "max_new_tokens": 4}
+        decode = parts.recipe.decode.model_copy(update=update)
+        found.append(
+            generate_answers(parts.model, parts.codec, parts.features, examples, decode)
+        )  # fmt: skip
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0])) > 5
+
+
+class Interrupting:
+    """`generate_texts` that is interrupted after some batches, and counts prompts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int | None = None):
+        self.prompts, self.after, self.real = 0, after, generation.generate_texts
+        monkeypatch.setattr(generation, "generate_texts", self)
+
+    def __call__(self, model: object, codec: object, prompts: Sequence[str], *rest: object):
+        if self.after == 0:
+            raise KeyboardInterrupt
+        if self.after is not None:
+            self.after -= 1
+        self.prompts += len(prompts)
+        return self.real(model, codec, prompts, *rest)
+
+
+def partial_files(run: Run) -> list[Path]:
+    return sorted(run.folder.glob("partial-*"))
+
+
+def test_an_interrupted_evaluation_goes_on(
+    parts: Parts, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = evaluate(run, parts)
+    whole = (run.folder / "predictions.jsonl").read_text()
+    run.scores.unlink()
+    total = scores["examples"]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Interrupting(patch, after=3)
+        evaluate(run, parts)
+    (file,) = partial_files(run)
+    assert len(file.read_text().splitlines()) == 3
+    file.write_bytes(file.read_bytes()[:-5])  # a kill while a line was written
+
+    with monkeypatch.context() as patch:
+        counted = Interrupting(patch)
+        assert evaluate(run, parts) | {"seconds": 0, "rates": 0} == scores | {
+            "seconds": 0, "rates": 0
+        }  # fmt: skip
+    assert counted.prompts == 2 * total - 8  # both passes, but for two batches
+    assert (run.folder / "predictions.jsonl").read_text() == whole
+    assert partial_files(run) == []
+
+
+def test_an_interrupted_control_leaves_the_answers(
+    parts: Parts, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = len(parts.dataset.split("test"))
+    batches = -(-total // 4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Interrupting(patch, after=batches + 1)
+        evaluate(run, parts)
+    with monkeypatch.context() as patch:
+        counted = Interrupting(patch)
+        evaluate(run, parts)
+    assert counted.prompts == total - 4
+
+
+def test_another_evaluation_starts_anew(parts: Parts) -> None:
+    """Other weights, examples, decoding; but the batch size of greedy answers does not matter."""
+    examples, shown = parts.dataset.examples, [e.media for e in parts.dataset.examples]
+
+    def binding(examples: Sequence = examples, **changes: object) -> str:
+        recipe = parts.recipe.model_copy(
+            update={"decode": parts.recipe.decode.model_copy(update=changes)}
+        )
+        return binding_of(recipe, "features", parts.model.trained, examples, shown)
+
+    first = binding()
+    same = {first, binding(batch_size=2)}
+    drawn = {binding(do_sample=True), binding(do_sample=True, batch_size=2)}
+    others = {binding(num_beams=2), binding(examples[::-1])}
+    with torch.no_grad():
+        next(parts.model.trained.parameters())[0] += 1
+    others.add(binding())
+    assert (len(same), len(drawn), len(others)) == (1, 2, 3)
+    assert len(same | drawn | others) == 6
+
+
+def test_processes_see_what_all_have_answered(tmp_path: Path) -> None:
+    one, other = (PartialAnswers(tmp_path, "evaluate", "x", place, 2) for place in (0, 1))
+    one.add({0: "a\u2028", 3: "b"}, 2.0)
+    other.add({1: "c"}, 4.0)
+    alone = PartialAnswers(tmp_path, "evaluate", "x")
+    assert alone.answers == {0: "a\u2028", 3: "b", 1: "c"} and alone.seconds == 3.0
+    assert PartialAnswers(tmp_path, "evaluate", "y").answers == {}
+    assert PartialAnswers(tmp_path, "control", "x").answers == {}
+
+
+def test_evaluation_on_another_dataset(cli: Cli, run: Run, tmp_path: Path) -> None:
+    assert cli("evaluate", run.folder).exit_code == 0
+    before = run.scores.read_text()
+    images = tmp_path / "other"
+    images.mkdir()
+    lines = []
+    for number, colour in enumerate(("red", "lime", "blue")):
+        Image.new("RGB", (40, 40), colour).save(images / f"{colour}.png")
+        lines.append({"id": number, "media": f"{colour}.png", "prompt": "what color?",
+                      "answers": [colour], "split": "test"})  # fmt: skip
+    data = images / "other.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = tmp_path / "other.yaml"
+    recipe.write_text(f"extends: toy.yaml\nname: other\ndata: {{path: {data}, name: null}}\n")
+    refused(cli("evaluate", run.folder, "--on", recipe), "run `extract`")
+    assert cli("extract", recipe).exit_code == 0
+    done = cli("evaluate", run.folder, "--on", recipe)
+    assert done.exit_code == 0, done.output
+    there = run.folder / "on" / "other"
+    own, found = (json.loads((f / "scores.json").read_text()) for f in (run.folder, there))
+    words = f"a difference of {100 * (found['accuracy'] - own['accuracy']):+.1f}"
+    assert words in done.output and "others than those" not in done.output
+    assert "the gap is" not in done.output  # no run was trained on the other data
+    assert (found["examples"], run.scores.read_text()) == (3, before)
+    report = (there / "report.html").read_text()
+    assert words in report and report.count("<img") == 3
+    shown = cli("show", there)
+    assert shown.exit_code == 0 and "extract" not in shown.output
+    compared = cli("compare", run.folder, there)
+    assert "toy-on-other" in compared.output
+    target = tmp_path / "runs" / "other"
+    target.mkdir()
+    better = {"exact_match": {"value": found["accuracy"] + 0.125}}
+    (target / "scores.json").write_text(json.dumps({"metrics": better, "split": "test"}))
+    assert "the gap is -12.5." in cli("evaluate", run.folder, "--on", recipe).output
+
+
+def encoder(folder: Path, depth: int) -> Path:
+    """Another random ViT of the toy's width."""
+    torch.manual_seed(9)
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": depth, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **size)
+    timm.models.save_for_hf(model, folder, model_args=size, safe_serialization=True)
+    return folder
+
+
+def test_evaluation_with_another_encoder_is_said(cli: Cli, run: Run, tmp_path: Path) -> None:
+    recipe = tmp_path / "toy.yaml"
+    other = encoder(tmp_path / "vit", depth=6)
+    override = ("--set", f"encoder.weights={other}")
+    cli("extract", recipe, *override)
+    done = cli("evaluate", run.folder, "--on", recipe, *override)
+    assert done.exit_code == 0, done.output
+    assert "others than those of the training" in done.output and "differ in weights" in done.output
+    assert "No gap: neither the run itself nor" in done.output
+    deep = ("--set", f"encoder.weights={encoder(tmp_path / 'deep', depth=8)}")
+    cli("extract", recipe, *deep)
+    refused(
+        cli("evaluate", run.folder, "--on", recipe, *deep),
+        "has 8 layers of width 24, the run was trained on 6 of width 24",
+    )
+
+
+@pytest.mark.parametrize("ending", ["png", "html"])
+def test_runs_are_drawn_side_by_side(cli: Cli, run: Run, tmp_path: Path, ending: str) -> None:
+    cli("evaluate", run.folder)
+    run.metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    out = tmp_path / f"both.{ending}"
+    done = cli("compare", run.folder, run.folder, "--paired", "--out", out)
+    assert done.exit_code == 0, done.output
+    if ending == "png":
+        with Image.open(out) as picture:
+            assert picture.size[0] == 1380
+    else:
+        page = out.read_text()
+        assert "<svg" in page and "95% interval" in page and "toy less toy" in page
+    refused(cli("compare", run.folder, "--out", tmp_path / "x.pdf"), "must end in .png or .html")
+
+
+def test_recipes_of_several_sources_are_not_mixed(run: Run) -> None:
+    tree = load_recipe(run.folder / "recipe.yaml").model_dump()
+    two = run.recipe.model_validate(
+        tree | {"also": {"more": {"data": tree["data"], "encoder": tree["encoder"]}}}
+    )
+    with pytest.raises(EpalmError, match="one source"):
+        elsewhere(run, two)
