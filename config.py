@@ -224,7 +224,7 @@ class StoreConfig(Section):
     shard_rows: Positive = Field(512, description="media per shard")
     placement: Literal["auto", "device", "ram", "disk"] = Field(
         "auto",
-        description="where features are while training: on the GPU, in (pinned) memory, or on "
+        description="where features are while training: on the GPU, in memory, or on "
         "disk, mapped; auto: the first of these that has room",
     )
 

@@ -138,7 +138,8 @@ class World:
             self.features = _random_features(recipe, names)
         table = FeatureTable(recipe, self.features, Catalogue(
             media={n: CatalogueEntry(n, 0, 0) for n in names}))  # fmt: skip
-        table.place([(n, 0) for n in names], "auto", self.device)
+        table.needed = [(n, 0) for n in names]
+        table.place("auto", self.device)
         draw = np.random.default_rng(0)
         examples = [
             Example(
@@ -182,7 +183,7 @@ class Steps:
         if self.model.lower_is_frozen:
             self.with_states = world.batches(case)
             self.with_states.text_states = open_text_states(
-                world.recipe(case), self.model, self.with_states.texts()
+                world.recipe(case), self.model, self.with_states.texts
             )
             self.by_name["states"] = lambda: self._step(self._shared, self.with_states)
 

@@ -18,6 +18,13 @@ def read_scores(run: Run) -> dict[str, Any]:
     return scores
 
 
+def is_scored(run: Run) -> bool:
+    """It has been evaluated as its recipe says now."""
+    if not run.scores.is_file():
+        return False
+    return read_scores(run).get("evaluate") == run.recipe.evaluate.model_dump(mode="json")
+
+
 def compare(runs: Sequence[tuple[Mapping[str, str], dict[str, Any]]]) -> str:
     """A table of scores, a line for runs of the same labels: mean and standard deviation.
 

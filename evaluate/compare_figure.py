@@ -56,8 +56,11 @@ def _plot_scores(
         shown = [line for line in some if line.value is not None]
         values = [100 * (line.value or 0.0) for line in shown]
         ends = [line.interval or (line.value or 0.0,) * 2 for line in shown]
-        below = [value - 100 * low for value, (low, _) in zip(values, ends, strict=True)]
-        above = [100 * high - value for value, (_, high) in zip(values, ends, strict=True)]
+        # not below 0: an interval may miss its value by a rounding error
+        below = [max(value - 100 * low, 0.0) for value, (low, _) in zip(values, ends, strict=True)]
+        above = [
+            max(100 * high - value, 0.0) for value, (_, high) in zip(values, ends, strict=True)
+        ]
         offset = GAP * ((number + 0.5) / len(lines) - 0.5)
         axis.errorbar(
             values, [names.index(line.name) + offset for line in shown], xerr=[below, above],

@@ -10,6 +10,7 @@ import torch
 
 from epalm.config import Recipe
 from epalm.data.example import Example
+from epalm.model.load import lm_digest
 from epalm.model.weights import trained_weights
 from epalm.store.atomic import read_json_lines
 
@@ -81,6 +82,7 @@ def binding_of(
     asked = [(e.id, e.prompt, media) for e, media in zip(examples, shown, strict=True)]
     tree: dict[str, Any] = {
         "lm": recipe.lm.model_dump(exclude={"device_map"}),
+        "lm_digest": lm_digest(recipe.lm.weights),
         "text": recipe.text.model_dump(),
         "variant": recipe.variant.model_dump(),
         "features": features,

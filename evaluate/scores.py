@@ -33,8 +33,9 @@ def evaluate(run: Run, parts: Parts) -> dict[str, Any]:
         EpalmError: the dataset has no examples of the split, or a metric cannot be computed.
     """
     config = run.recipe.evaluate
-    metrics = evaluation_metrics(run.recipe, parts.dataset)
     run.writes = parts.accelerator.is_main_process
+    # of several processes, one scores: some metrics take a process of their own and much memory
+    metrics = evaluation_metrics(run.recipe, parts.dataset) if run.writes else {}
     run.bind_features(parts.features.spec)
     examples = evaluation_examples(run.recipe, parts.dataset)
     predictions = _timed_answers(run, parts, examples, None, "evaluate")
@@ -67,6 +68,7 @@ def evaluate(run: Run, parts: Parts) -> dict[str, Any]:
     scores["trained_parameters"] = parts.trained_parameters
     scores["total_parameters"] = parts.total_parameters
     scores["decode"] = run.recipe.decode.model_dump()
+    scores["evaluate"] = config.model_dump(mode="json")
     stages = {k: v for k, v in run.stages().items() if config.control or k != "control"}
     scores["seconds"] = {name: stage.seconds for name, stage in stages.items()}
     scores["rates"] = {name: stage.rate for name, stage in stages.items()}

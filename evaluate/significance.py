@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from epalm.data.example import Example
 from epalm.data.sources import load_sources
 from epalm.errors import EpalmError
 from epalm.evaluate.metrics.interval import Difference, compare
-from epalm.evaluate.scores import evaluation_examples, evaluation_metrics
+from epalm.evaluate.scores import evaluation_metrics
 from epalm.train.run import Run
 
 
@@ -20,8 +21,15 @@ def differences(a: Run, b: Run) -> dict[str, Difference]:
         EpalmError: predictions are missing or about other examples, or the dataset is.
     """
     dataset = load_sources(a.recipe)
-    examples = evaluation_examples(a.recipe, dataset)
-    predictions = [_predictions(run, examples) for run in (a, b)]
+    of_a, of_b = _predictions(a), _predictions(b)
+    if of_a.keys() != of_b.keys():
+        raise EpalmError(
+            f"{a.folder} and {b.folder}: evaluated on different examples; evaluate both on the "
+            "same split and examples"
+        )
+    by_id = {example.id: example for example in dataset.examples}
+    examples = [_the_same(by_id.get(key), key, (of_a[key], of_b[key])) for key in of_a]
+    predictions = [[rows[key]["prediction"] for key in of_a] for rows in (of_a, of_b)]
     media = [example.media for example in examples]
     if len(set(media)) < 2:
         raise EpalmError("two runs are compared on two media or more")
@@ -42,17 +50,19 @@ def format_differences(a: str, b: str, found: dict[str, Difference]) -> str:
     return "\n".join(lines)
 
 
-def _predictions(run: Run, examples: Sequence[Example]) -> list[str]:
+def _predictions(run: Run) -> dict[str, dict[str, Any]]:
+    """The lines of a run's predictions, by example id."""
     path = run.folder / "predictions.jsonl"
     if not path.is_file():
         raise EpalmError(f"{path}: not there; run `evaluate` first")
     lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold other line separators
-    of_id = {row["id"]: row for row in map(json.loads, filter(None, lines))}
-    for example in examples:
-        row = of_id.get(example.id)
-        if row is None or row["references"] != list(example.references):
-            raise EpalmError(
-                f"{path}: has no prediction for example {example.id} with its references; evaluate "
-                "both runs on the same split and examples"
-            )
-    return [of_id[example.id]["prediction"] for example in examples]
+    return {row["id"]: row for row in map(json.loads, filter(None, lines))}
+
+
+def _the_same(example: Example | None, key: str, rows: Sequence[dict[str, Any]]) -> Example:
+    """The dataset's example; EpalmError where it is not what was asked."""
+    if example is None or any(row["references"] != list(example.references) for row in rows):
+        raise EpalmError(
+            f"example {key}: not in the dataset, or with other references; evaluate both runs again"
+        )
+    return example

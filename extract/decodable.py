@@ -15,6 +15,9 @@ from epalm.extract.workers import DecodePool, Task
 from epalm.store.atomic import read_json_lines
 from epalm.store.feature_set import FeatureSet
 
+TRANSIENT = ("TimeoutError", "DecoderCrash")
+"""Kinds of failure that may be the machine's fault."""
+
 LEDGER = "decoded.jsonl"
 """In the set's folder: a line per media that was tried; an empty reason: it can be decoded."""
 
@@ -45,10 +48,12 @@ def undecodable(
                 if error is not None and error[0] == "ChangedFile":
                     raise EpalmError(f"{error[1]}; start again")
                 reasons[content_hash] = "" if error is None else f"cannot be decoded: {error[1]}"
+                if error is not None and error[0] in TRANSIENT:
+                    continue  # another start, on a less busy machine, may decode it
                 line = {"hash": content_hash, "media": media_of[content_hash].id,
                         "reason": reasons[content_hash]}  # fmt: skip
                 lines.append(json.dumps(line) + "\n")
             with ledger.open("a", encoding="utf-8") as stream:
-                stream.write("".join(lines))
+                stream.write("\n" + "".join(lines))  # apart from a line that a kill cut short
             bar.update(len(some))
     return {h: reasons[h] for h in media_of if reasons[h]}

@@ -77,6 +77,7 @@ class FeatureTable:
     Attributes:
         views: K; the augmented views that training media have.
         tokens: t; tokens of an encoder layer.
+        needed: media and views that the dataset's training and evaluation read.
     """
 
     def __init__(self, recipe: Recipe, features: FeatureSet, catalogue: Catalogue):
@@ -89,6 +90,7 @@ class FeatureTable:
             for c in column_specs(recipe, features.spec)
         ]
         self.tokens = wanted[0].token_count
+        self.needed: list[tuple[str, int]] = []
         self._plain = _Group(features, wanted[0])
         self._augmented = _Group(features, wanted[-1])
         self._placed: torch.Tensor | None = None
@@ -120,12 +122,13 @@ class FeatureTable:
             return self._placed.index_select(0, places)
         return self._read(keys)
 
-    def place(self, keys: Sequence[tuple[str, int]], placement: str, device: torch.device) -> None:
-        """Bring features of these (media, view) to where training will read them.
+    def place(self, placement: str, device: torch.device) -> None:
+        """Bring the features of `needed` to where training will read them.
 
         Says where they are. `auto` takes the device, else memory, else leaves them on disk, by
-        what is free.
+        what is free: to be called when the LM is in its place.
         """
+        keys = self.needed
         if not keys:
             return
         sample = self._read(keys[:1])
@@ -138,8 +141,8 @@ class FeatureTable:
         )
         if placement == "disk":
             return
-        table = torch.empty((len(keys), *sample.shape[1:]), dtype=sample.dtype,
-                            pin_memory=placement == "ram" and device.type == "cuda")  # fmt: skip
+        dtype = getattr(torch, self._joint_dtype())
+        table = torch.empty((len(keys), *sample.shape[1:]), dtype=dtype)
         for begin in range(0, len(keys), 4096):
             table[begin : begin + 4096] = self._read(keys[begin : begin + 4096])
         self._placed = table.to(device) if placement == "device" else table
@@ -151,10 +154,13 @@ class FeatureTable:
             return torch.from_numpy(self._plain.gather(rows)).squeeze(2)
         if all(row.view for row in rows):
             return torch.from_numpy(self._augmented.gather(rows)).squeeze(2)
-        dtypes = {self._plain.dtype(), self._augmented.dtype()}
         found = [(self._augmented if row.view else self._plain).gather([row]) for row in rows]
-        joint = "float32" if "float32" in dtypes else dtypes.pop()
-        return torch.from_numpy(np.concatenate(found).astype(joint)).squeeze(2)
+        return torch.from_numpy(np.concatenate(found).astype(self._joint_dtype())).squeeze(2)
+
+    def _joint_dtype(self) -> str:
+        """The number format that holds every view."""
+        dtypes = {self._plain.dtype(), self._augmented.dtype()}
+        return "float32" if "float32" in dtypes else dtypes.pop()
 
 
 def open_features(recipe: Recipe, dataset: Dataset) -> tuple[FeatureTable, Dataset]:
@@ -184,7 +190,10 @@ def open_features(recipe: Recipe, dataset: Dataset) -> tuple[FeatureTable, Datas
         raise EpalmError(bad_media_message(failed, features))
     if failed:
         tqdm.write(f"{len(failed)} media without features are left out, with their examples")
-    return table, dataset.without_media(failed)
+    left = dataset.without_media(failed)
+    views = needed_views(left, table.views)
+    table.needed = [(media, view) for media, some in views.items() for view in some]
+    return table, left
 
 
 def needed_views(dataset: Dataset, views: int) -> dict[str, list[int]]:

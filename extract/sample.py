@@ -31,8 +31,14 @@ def undecodable(recipe: Recipe, dataset: Dataset, count: int) -> tuple[int, dict
     reasons: dict[str, str] = {}
     with DecodePool(preprocess, workers, config.decode_timeout, config.batch_size) as pool:
         for some in chunks(chosen, config.batch_size):
-            batch = pool.submit([Task.of_media(media) for media in some])
-            for media, future in zip(some, batch.outcomes, strict=True):
+            tasks = []
+            for media in some:
+                try:
+                    tasks.append((media, Task.of_media(media)))
+                except OSError as fault:
+                    reasons[media.id] = f"{media.id} (cannot be read: {fault.strerror or fault})"
+            batch = pool.submit([task for _, task in tasks])
+            for (media, _), future in zip(tasks, batch.outcomes, strict=True):
                 if error := future.result().error:
                     reasons[media.id] = f"{media.id} ({error[1]})"
     return len(chosen), reasons

@@ -9,7 +9,7 @@ from epalm.data import load_dataset
 from epalm.data.example import Dataset
 from epalm.data.sources import join, naming, split_id
 from epalm.errors import EpalmError
-from epalm.extract.lookup import FeatureTable, needed_views, open_features
+from epalm.extract.lookup import FeatureTable, open_features
 from epalm.store.spec import JointSpec
 from epalm.store.stage import Stage
 
@@ -46,6 +46,11 @@ class SourceTables:
         source, own = split_id(media)
         return self.tables[source].view_count(own)
 
+    def place(self, placement: str, device: torch.device) -> None:
+        """As FeatureTable's, source by source."""
+        for table in self.tables.values():
+            table.place(placement, device)
+
     def fetch(
         self, media: Sequence[str], views: Sequence[int] | None = None
     ) -> dict[str, torch.Tensor]:
@@ -67,10 +72,8 @@ class SourceTables:
         return found
 
 
-def open_sources(
-    recipe: Recipe, device: torch.device
-) -> tuple[FeatureTable | SourceTables, Dataset]:
-    """The features of a recipe's source or sources, brought to where training reads them.
+def open_sources(recipe: Recipe) -> tuple[FeatureTable | SourceTables, Dataset]:
+    """The features of a recipe's source or sources, on disk; see `place`.
 
     Returns:
         The features, and the dataset that they are about: that of all sources together.
@@ -81,11 +84,7 @@ def open_sources(
     tables, datasets = {}, {}
     for name, alone in recipe.sources().items():
         with naming(name, bool(recipe.also)):
-            table, dataset = open_features(alone, load_dataset(alone))
-            views = needed_views(dataset, table.views)
-            keys = [(media, view) for media, some in views.items() for view in some]
-            table.place(keys, recipe.store.placement, device)
-        tables[name], datasets[name] = table, dataset
+            tables[name], datasets[name] = open_features(alone, load_dataset(alone))
     if not recipe.also:
-        return table, dataset
+        return tables[name], datasets[name]
     return SourceTables(tables), join(datasets)

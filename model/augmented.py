@@ -14,12 +14,11 @@ prompt tokens, T text tokens, D encoder width, H LM width, V vocabulary, S = t +
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from epalm.config import VariantConfig
@@ -81,7 +80,9 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
         self.prompt_length = prompt.length if prompt is not None else 0
         self.reference_mask = reference_mask
         self.config = lm.config
-        self.generation_config = deepcopy(lm.generation_config)
+        # its ids alone: a chat model's repetition penalty, say, would alter answers unasked
+        ids = {key: getattr(lm.generation_config, key) for key in _IDS}
+        self.generation_config = GenerationConfig(**ids)
 
     @classmethod
     def from_config(
@@ -433,6 +434,9 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
                     hidden, past_key_values=cache, use_cache=cache is not None, **call
                 )
         return hidden
+
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

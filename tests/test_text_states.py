@@ -49,7 +49,7 @@ def losses_and_gradients(parts: Parts, batches: TrainingBatches) -> list[torch.T
 def test_same_loss_and_gradients_with_half_the_lm(prepare: Callable, backend: str) -> None:
     parts, batches = prepare("train.steps=100", f"store.backend={backend}")
     expected = losses_and_gradients(parts, batches)
-    batches.text_states = open_text_states(parts.recipe, parts.model, batches.texts())
+    batches.text_states = open_text_states(parts.recipe, parts.model, batches.texts)
     called: list[int] = []
     for number, layer in enumerate(parts.model.family.layers):
         layer.register_forward_hook(lambda *_, number=number: called.append(number))
@@ -64,13 +64,14 @@ def test_they_are_computed_once_and_again_where_they_are_broken(
 ) -> None:
     parts, batches = prepare("train.steps=100")
     texts = batches.texts()
-    states = open_text_states(parts.recipe, parts.model, texts[:9])  # as if it were interrupted
+    # as if it were interrupted
+    states = open_text_states(parts.recipe, parts.model, lambda: texts[:9])
     first = states.fetch(texts[:9])
-    states = open_text_states(parts.recipe, parts.model, texts)
+    states = open_text_states(parts.recipe, parts.model, lambda: texts)
     assert torch.equal(states.fetch(texts[:9])[:, -first.shape[1] :], first)
     assert verify(states.features, lambda shards: shards) == []
     monkeypatch.setattr(text_states.TextStates, "_states", None)
-    again = open_text_states(parts.recipe, parts.model, texts)
+    again = open_text_states(parts.recipe, parts.model, lambda: texts)
     assert torch.equal(again.fetch(texts), states.fetch(texts))
 
 
@@ -89,13 +90,13 @@ def test_other_weights_have_other_states(prepare: Callable, opt_folder: Path) ->
 def test_where_they_are_kept(prepare: Callable) -> None:
     parts, batches = prepare("train.steps=1")
     texts = batches.texts()
-    assert open_text_states(parts.recipe, parts.model, texts) is None  # not worth it
+    assert open_text_states(parts.recipe, parts.model, lambda: texts) is None  # not worth it
     parts, _ = prepare("train.steps=1", "train.text_states=always")
-    assert open_text_states(parts.recipe, parts.model, texts) is not None
+    assert open_text_states(parts.recipe, parts.model, lambda: texts) is not None
     parts, _ = prepare("train.steps=100", "train.text_states=never")
-    assert open_text_states(parts.recipe, parts.model, texts) is None
+    assert open_text_states(parts.recipe, parts.model, lambda: texts) is None
     parts, _ = prepare("train.steps=100", "variant.prompt_length=2")
-    assert open_text_states(parts.recipe, parts.model, texts) is None
+    assert open_text_states(parts.recipe, parts.model, lambda: texts) is None
 
 
 @pytest.mark.parametrize(
@@ -104,4 +105,4 @@ def test_where_they_are_kept(prepare: Callable) -> None:
 def test_insisting_where_they_change_is_an_error(prepare: Callable, override: str) -> None:
     parts, batches = prepare("train.text_states=always", override)
     with pytest.raises(EpalmError, match=r"train\.text_states: always, but this variant"):
-        open_text_states(parts.recipe, parts.model, batches.texts())
+        open_text_states(parts.recipe, parts.model, batches.texts)

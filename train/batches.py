@@ -96,6 +96,14 @@ class TrainingBatches:
         self._chosen: tuple[int, list[tuple[Example, str]]] = (-1, [])  # for the last step
         self.text_states: TextStates | None = None
 
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(
+            len(self._prompt_ids[e.prompt]) + len(self._answer_ids[r]) - 1
+            for e in self.examples
+            for r in e.references
+        )
+
     def texts(self) -> list[Text]:
         """All different texts that batches may hold."""
         pairs = ((e.prompt, reference) for e in self.examples for reference in e.references)

@@ -78,7 +78,8 @@ def load_state(path: Path, model: AugmentedLM, optimiser: torch.optim.AdamW) -> 
         keys = {moment: f"{moment}.{name}" for moment in MOMENTS}
         if set(keys.values()) <= tensors.keys():
             state = {moment: tensors[key].to(parameter.device) for moment, key in keys.items()}
-            steps = torch.tensor(float(progress.step), device=parameter.device)  # as fused AdamW has
+            # on the device, as fused AdamW has it
+            steps = torch.tensor(float(progress.step), device=parameter.device)
             optimiser.state[parameter] = {"step": steps, **state}
     if not optimiser.state:
         raise EpalmError(f"{path}: holds no optimiser state; cannot resume")

@@ -73,8 +73,11 @@ def assemble(recipe: Recipe) -> Parts:
         features, dataset = open_online(recipe, load_dataset(recipe), device, accelerator)
         model, codec = build_model(recipe, features.spec, device, features.encoder)
     else:
-        features, dataset = open_sources(recipe, device)
+        features, dataset = open_sources(recipe)
         model, codec = build_model(recipe, features.spec, device)
+        if recipe.lm.device_map:
+            device = model.device
+        features.place(recipe.store.placement, device)
     parts = Parts(recipe, device, dataset, features, codec, model, accelerator)
     answered = [e.prompt for e in dataset.examples if e.split in ("val", recipe.evaluate.split)]
     parts.room.check_prompts(codec, answered, recipe.decode.max_new_tokens)

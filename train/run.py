@@ -24,8 +24,11 @@ from epalm.store.atomic import read_json_lines, write_atomic
 from epalm.store.spec import FeatureSpec, JointSpec, read_spec
 from epalm.store.stage import Stage
 
-FREE_TO_CHANGE = {"evaluate", "device", "runs", "lm.device_map", "train.accumulate"}
-"""Recipe fields and sections that may differ when a training is resumed."""
+FREE_TO_CHANGE = {
+    "evaluate.split", "evaluate.examples", "evaluate.control", "device", "runs", "lm.device_map",
+    "train.accumulate",
+}  # fmt: skip
+"""Recipe fields that may differ when a training is resumed; metrics choose its best weights."""
 
 
 class Run:

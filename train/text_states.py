@@ -9,7 +9,7 @@ import hashlib
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from epalm.address import digest
 from epalm.config import Recipe
 from epalm.data.grouping import chunks
 from epalm.errors import EpalmError
 from epalm.model.augmented import AugmentedLM
-from epalm.model.load import model_folder
+from epalm.model.load import lm_digest
 from epalm.store.column import Column, ColumnWriter, Row
 from epalm.store.feature_set import FeatureSet, Layout
+from epalm.store.maintenance import give_up, verify
 from epalm.store.spec import ColumnSpec, FeatureSpec
 
 Text = tuple[int, ...]
@@ -43,16 +43,24 @@ class TextStates:
         self.folder = features.folder
         self._columns: dict[int, Column] = {}
 
-    def fill(self, texts: Iterable[Text]) -> None:
-        """Compute the states of texts that have none; safe to interrupt, shard by shard."""
+    def missing(self, texts: Iterable[Text]) -> dict[int, dict[Row, Text]]:
+        """By length, the texts of which not all have states."""
         by_length: dict[int, dict[Row, Text]] = defaultdict(dict)
         for text in texts:
             by_length[len(text)][_row(text)] = text
-        missing = {
+        return {
             length: rows
             for length, rows in sorted(by_length.items())
             if not all(row in self._column(length) for row in rows)
         }
+
+    def fill(self, texts: Iterable[Text]) -> None:
+        """Compute the states of texts that have none; safe to interrupt, shard by shard.
+
+        Broken shards are made again.
+        """
+        give_up(verify(self.features, list))
+        missing = self.missing(texts)
         total = sum(len(rows) for rows in missing.values())
         with tqdm(total=total, desc="text states", unit="text", disable=not total) as bar:
             for length, rows in missing.items():
@@ -79,12 +87,15 @@ class TextStates:
             made = [self._make(shard, texts, writer) for shard in pending]
             bar.update(sum(made))
             if not any(made):
-                time.sleep(WAIT)  # other processes are at all of them
+                time.sleep(WAIT)  # other processes are at them
 
     def _make(self, shard: int, texts: dict[Row, Text], writer: ColumnWriter) -> int:
         """Make a planned shard; the number of its texts, 0 where another process has it."""
         claim = writer.claim(shard)
         if claim is None:
+            return 0
+        if not texts.keys() >= set(claim.plan.rows):  # begun by a training with other texts
+            writer.give_up(claim)
             return 0
         with claim.stream:
             wanted = [texts[row] for row in claim.plan.rows]
@@ -110,12 +121,15 @@ class TextStates:
 
 
 def open_text_states(
-    recipe: Recipe, model: AugmentedLM, texts: Collection[Text]
+    recipe: Recipe, model: AugmentedLM, texts_of: Callable[[], Collection[Text]]
 ) -> TextStates | None:
     """The cached states of the texts, computed where they are missing.
 
     None where something below the first injection layer is trained, and where `auto` finds that the
     training is too short to be worth it.
+
+    Args:
+        texts_of: makes the texts, where they are wanted.
 
     Raises:
         EpalmError: the recipe insists on them, and they are not the same at every step.
@@ -128,16 +142,20 @@ def open_text_states(
             "injection layer, or injects at layer 0, or has the reference's mask; set it to auto"
         )
     uses = recipe.train.steps * recipe.train.batch_size
-    if not possible or wanted == "never" or (wanted == "auto" and uses < 2 * len(texts)):
+    if not possible or wanted == "never":
+        return None
+    texts = texts_of()
+    if wanted == "auto" and uses < 2 * len(texts):
         return None
     spec, root = text_spec(recipe, model), Path(recipe.store.root)
-    size = sum(map(len, texts)) * spec.dim * np.dtype(spec.dtype).itemsize
-    root.mkdir(parents=True, exist_ok=True)
-    if wanted == "auto" and size > FREE_SHARE * shutil.disk_usage(root).free:
-        tqdm.write(f"text states are not kept: {size / 1e9:,.1f} GB, too much for {root}")
-        return None
     layout = Layout(recipe.store.backend, recipe.store.shard_rows, recipe.lm.weights)
     states = TextStates(model, FeatureSet.create(root, spec, layout))
+    place = spec.dim * np.dtype(spec.dtype).itemsize
+    new = place * sum(length * len(rows) for length, rows in states.missing(texts).items())
+    if wanted == "auto" and new > FREE_SHARE * shutil.disk_usage(root).free:
+        tqdm.write(f"text states are not kept: {new / 1e9:,.1f} GB, too much for {root}")
+        return None
+    size = place * sum(map(len, texts))
     tqdm.write(f"text states: {size / 1e6:,.1f} MB of {len(texts):,} texts in {states.folder}")
     states.fill(texts)
     return states
@@ -152,7 +170,7 @@ def text_spec(recipe: Recipe, model: AugmentedLM) -> FeatureSpec:
         encoder=f"lm/{type(lm).__name__}",
         encoder_arguments={},
         encoder_parameters=sum(p.numel() for p in lm.parameters()),
-        weights=_weights_digest(model_folder(recipe.lm.weights)),
+        weights=lm_digest(recipe.lm.weights),
         layers=len(model.family.layers),
         tokens=0,
         dim=model.family.hidden_size,
@@ -161,14 +179,6 @@ def text_spec(recipe: Recipe, model: AugmentedLM) -> FeatureSpec:
         preprocess={},
         dtype="float32" if compute == "float32" else "float16",
     )
-
-
-def _weights_digest(folder: Path) -> str:
-    """SHA-256 over the LM's configuration and weight files."""
-    names = sorted(
-        p for pattern in ("config.json", "*.safetensors", "*.bin") for p in folder.glob(pattern)
-    )
-    return hashlib.sha256("".join(map(digest, names)).encode()).hexdigest()
 
 
 def _row(text: Text) -> Row:

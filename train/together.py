@@ -143,6 +143,8 @@ def join(batches: Sequence[Batch]) -> Batch:
         row, place = batch.labelled // batch.last, batch.labelled % batch.last
         labelled.append((row + first) * last + place + last - batch.last)
     states = [batch.text_states for batch in batches if batch.text_states is not None]
+    if len(states) < len(batches):  # a run that is too short for them has none
+        states = []
     return Batch(
         padded("input_ids", 0),
         padded("attention_mask", 0),
@@ -169,6 +171,7 @@ def _beside(first: Parts, recipe: Recipe) -> Parts:
     """The recipe's parts, on the LM of others."""
     features, dataset = first.features, first.dataset
     if recipe.data_seed != first.recipe.data_seed:
-        features, dataset = open_sources(recipe, first.device)
+        features, dataset = open_sources(recipe)
+        features.place(recipe.store.placement, first.device)
     model = augment(first.model.lm, first.codec, recipe, features.spec)
     return replace(first, recipe=recipe, features=features, dataset=dataset, model=model)

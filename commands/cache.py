@@ -1,0 +1,204 @@
+"""`cache`: the feature store."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from epalm.commands import stages
+from epalm.commands.options import recipe_argument, set_option
+from epalm.errors import EpalmError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+
+@click.group()
+def cache() -> None:
+    """Look at feature sets, check them, and look after them."""
+
+
+set_argument = click.argument("target", metavar="SET", type=click.Path(path_type=Path))
+
+
+def sample_option(default: int, words: str) -> "Callable[[Any], Any]":
+    """How much of something to look at."""
+    count = click.IntRange(min=1)
+    return click.option("--sample", type=count, default=default, show_default=True, help=words)
+
+
+@cache.command("ls")
+@click.argument("root", default="features", type=click.Path(path_type=Path))
+def cache_ls(root: Path) -> None:
+    """List the feature sets in a folder."""
+    from epalm.store.listing import table_of_sets
+
+    click.echo(table_of_sets(root))
+
+
+@cache.command("info")
+@set_argument
+@set_option
+def cache_info(target: Path, overrides: tuple[str, ...]) -> None:
+    """Print all that is known of a feature set, given its folder or a recipe."""
+    from epalm.extract.compare import feature_set
+    from epalm.store.listing import page_of_set
+
+    click.echo(page_of_set(feature_set(target, overrides)))
+
+
+@cache.command("verify")
+@set_argument
+@click.option("--deep", is_flag=True, help="Also encode a random sample again; SET is a recipe.")
+@sample_option(16, "Rows of each column to encode.")
+@set_option
+def cache_verify(target: Path, deep: bool, sample: int, overrides: tuple[str, ...]) -> None:
+    """Compare every shard with its checksum."""
+    from epalm.extract.compare import feature_set
+    from epalm.store.maintenance import verify
+
+    if deep and target.is_dir():
+        raise EpalmError(f"{target}: --deep needs the recipe instead of the set, to find the media")
+    features = feature_set(target, overrides)
+    problems = verify(features, _bar("verify"))
+    if problems:
+        lines = [f"  {p.column.folder.name}, shard {p.shard}: {p.what}" for p in problems]
+        raise EpalmError(
+            "\n".join(
+                [f"{features.folder}: {len(problems)} broken shards", *lines]
+                + ["run `cache repair` with the recipe"]
+            )
+        )
+    shards = sum(len(column.markers) for column in features.columns)
+    click.echo(f"{features.folder}: {shards} shards, all as they were written")
+    if deep:
+        _verify_deep(target, overrides, sample)
+
+
+@cache.command("diff")
+@click.argument("one", type=click.Path(path_type=Path))
+@click.argument("other", type=click.Path(path_type=Path))
+def cache_diff(one: Path, other: Path) -> None:
+    """Print in which fields two specs differ; each is a feature set's folder or a recipe."""
+    from epalm.extract.compare import differences
+
+    lines = differences(one, other)
+    click.echo("\n".join(lines) or "the same features")
+
+
+@cache.command("repair")
+@recipe_argument
+@set_option
+def cache_repair(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Drop the broken shards of the recipe's columns, and make these again, in their places."""
+    from epalm.config import load_recipe
+    from epalm.extract.columns import existing_columns
+    from epalm.extract.compare import set_of_recipe
+    from epalm.store.maintenance import give_up, verify
+
+    loaded = load_recipe(recipe, overrides)
+    features = set_of_recipe(recipe, overrides)
+    ours = existing_columns(loaded, features)
+    problems = verify(features, _bar("verify"))
+    mended = [p for p in problems if p.column in ours]
+    give_up(mended)
+    click.echo(f"{features.folder}: {len(mended)} broken shards")
+    for name in sorted({p.column.folder.name for p in problems if p.column not in ours}):
+        click.echo(f"  {name} has broken shards too; repair it with a recipe that keeps it")
+    if mended:
+        stages.extract_source(loaded, False, True)
+
+
+@cache.command("gc")
+@set_argument
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@click.option("--removed", is_flag=True, help="Also forget media whose files are gone.")
+@set_option
+def cache_gc(target: Path, dry_run: bool, removed: bool, overrides: tuple[str, ...]) -> None:
+    """Delete what nothing in a feature set refers to any more."""
+    from epalm.extract.compare import feature_set
+    from epalm.store.listing import words_for_bytes
+    from epalm.store.maintenance import collect, garbage, removed_media
+
+    features = feature_set(target, overrides)
+    gone = {d: removed_media(features, d) for d in features.datasets()} if removed else {}
+    if dry_run:
+        found = [(path, path.stat().st_size) for path in garbage(features, gone)]
+    else:
+        found = collect(features, gone)
+    verb = "would be" if dry_run else "are"
+    for dataset, media in gone.items():
+        click.echo(f"{dataset}: {len(media)} media {verb} forgotten")
+    for path, _ in found:
+        click.echo(f"  {path.relative_to(features.folder)}")
+    size = words_for_bytes(sum(size for _, size in found))
+    click.echo(f"{len(found)} files, {size}, {verb} deleted")
+
+
+@cache.command("convert")
+@set_argument
+@click.option("--to", "backend", required=True, help="zarr or hdf5")
+@set_option
+def cache_convert(target: Path, backend: str, overrides: tuple[str, ...]) -> None:
+    """Move a feature set to another backend; no training may be reading it."""
+    from epalm.extract.compare import feature_set
+    from epalm.store.conversion import convert
+
+    features = feature_set(target, overrides)
+    if features.layout.backend == backend:
+        click.echo(f"{features.folder}: is {backend} already")
+        return
+    click.echo(f"{convert(features, backend, _bar('convert')).folder}: {backend}")
+
+
+@cache.command("estimate")
+@recipe_argument
+@sample_option(32, "Media to measure the rate on.")
+@set_option
+def cache_estimate(recipe: Path, sample: int, overrides: tuple[str, ...]) -> None:
+    """Say what an extraction would add, and how long it would take."""
+    from epalm.config import load_recipe
+    from epalm.data import load_dataset
+    from epalm.extract.check import estimate
+    from epalm.store.listing import words_for_bytes
+
+    loaded = load_recipe(recipe, overrides)
+    found = estimate(loaded, load_dataset(loaded), sample)
+    for name, rows in found.rows.items():
+        click.echo(f"{name}: {rows:,} rows of {words_for_bytes(found.row_bytes[name])}")
+    if found.rate is None:
+        click.echo(f"nothing to do; all is in {found.folder}")
+        return
+    click.echo(
+        f"{words_for_bytes(found.bytes)} into {found.folder}; about {found.seconds / 60:.1f} min "
+        f"at {found.rate:.1f} rows/s, measured here on view 0"
+    )
+
+
+def _bar(label: str) -> "Callable[[Iterable[Any]], Iterable[Any]]":
+    """Shows a bar over shards."""
+    from tqdm import tqdm
+
+    return lambda shards: tqdm(list(shards), label, unit="shard")
+
+
+def _verify_deep(recipe: Path, overrides: tuple[str, ...], sample: int) -> None:
+    from epalm.config import load_recipe
+    from epalm.data import load_dataset
+    from epalm.extract.check import verify_deep
+
+    loaded = load_recipe(recipe, overrides)
+    different = []
+    for c in verify_deep(loaded, load_dataset(loaded), sample):
+        click.echo(
+            f"{c.column}: {c.rows} rows encoded again, largest difference "
+            f"{c.largest_difference:.2g} (values up to {c.largest_value:.3g}, arithmetic explains "
+            f"{c.bound:.2g})"
+        )
+        if c.largest_difference > c.bound:
+            different.append(c.column)
+    if different:
+        raise EpalmError(
+            f"{', '.join(different)}: other features than the encoder makes now; if weights and "
+            "libraries are those of the extraction, delete the column and extract again"
+        )

@@ -1,0 +1,161 @@
+"""The stages of a run as commands take them, and what they say of them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from epalm.config import Recipe
+    from epalm.train.loop import Training
+    from epalm.train.parts import Parts
+    from epalm.train.run import Run
+
+
+def extract(recipe: "Recipe", retry_failed: bool = False, planned_only: bool = False) -> None:
+    from epalm.data.sources import naming
+
+    for name, alone in recipe.sources().items():
+        if recipe.also:
+            click.echo(f"source {name}:")
+        with naming(name, bool(recipe.also)):
+            extract_source(alone, retry_failed, planned_only)
+
+
+def extract_source(recipe: "Recipe", retry_failed: bool, planned_only: bool) -> None:
+    from epalm.data import load_dataset
+    from epalm.extract.loop import extract as encode
+
+    if recipe.encoder.online:
+        why = "the encoder is trained" if recipe.encoder.train else "encoder.online is true"
+        click.echo(f"extract: nothing to cache, {why}; `train` encodes media as it needs them")
+        return
+    report = encode(recipe, load_dataset(recipe), retry_failed, planned_only)
+    features = report.features
+    if report.removed:
+        click.echo(
+            f"extract: {len(report.removed)} media that were extracted before are gone, "
+            f"{report.removed[0]} among them; their features stay (see `cache gc`)"
+        )
+    if not report.encoded:
+        failed = f" but {len(report.failed)} that cannot be used" if report.failed else ""
+        click.echo(
+            f"extract: all {report.found} media{failed} are in {features.folder}, nothing to do"
+        )
+        return
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
+    click.echo(
+        f"extract: {report.encoded} media in {report.total_seconds:.1f} s ({stages}), "
+        f"{report.found} found, {len(report.failed)} failed; in {features.folder}"
+    )
+
+
+def join(recipe: "Recipe") -> None:
+    """Join the processes that were started together, if any; one of them speaks."""
+    from epalm.train.processes import hush, join_processes
+
+    hush(join_processes(recipe.device))
+
+
+def train(recipe: "Recipe", overwrite: bool, max_steps: int | None) -> tuple["Run", "Parts"]:
+    from epalm.train.loop import train as fit
+    from epalm.train.parts import assemble
+
+    training = _training(assemble(recipe), overwrite, max_steps)
+    fit(training)
+    _say_trained(training)
+    return training.run, training.parts
+
+
+def _train_together(recipes: "list[Recipe]") -> "list[tuple[Run, Parts]]":
+    from epalm.train.together import assemble_together, train_together
+
+    trainings = [_training(parts, False, None) for parts in assemble_together(recipes)]
+    train_together(trainings)
+    for training in trainings:
+        _say_trained(training)
+    return [(training.run, training.parts) for training in trainings]
+
+
+def train_and_evaluate(recipes: "list[Recipe]") -> None:
+    """Runs that train together, or one; their models are let go before the next are loaded."""
+    alone = len(recipes) == 1
+    for trained in [train(recipes[0], False, None)] if alone else _train_together(recipes):
+        evaluate(*trained, trained[0].weights("best"))
+
+
+def _training(parts: "Parts", overwrite: bool, max_steps: int | None) -> "Training":
+    from epalm.evaluate.scores import evaluation_metrics, validate
+    from epalm.train.batches import TrainingBatches
+    from epalm.train.loop import Training
+    from epalm.train.run import Run
+    from epalm.train.step import pieces_of_batch
+    from epalm.train.text_states import open_text_states
+
+    recipe = parts.recipe
+    pieces_of_batch(recipe.train, parts.accelerator)  # before an old run is replaced
+    evaluation_metrics(recipe, parts.dataset)
+    examples = parts.dataset.split("train")
+    batches = TrainingBatches(examples, parts.features, parts.codec, recipe, parts.device)
+    parts.room.check_training(batches.longest())
+    batches.text_states = open_text_states(recipe, parts.model, batches.texts)
+    main_process = parts.accelerator.is_main_process
+    target = Run.create(recipe, overwrite) if main_process else Run.of(recipe)
+    parts.accelerator.wait_for_everyone()
+    scored = validate if parts.dataset.split("val") else None
+    return Training(target, parts, batches, scored, max_steps)
+
+
+def _say_trained(training: "Training") -> None:
+    progress = training.progress
+    best = "none validated yet" if progress.best_step < 0 else f"best at step {progress.best_step}"
+    weights = training.run.weights("best")
+    click.echo(f"train: {progress.step} steps, {best}; weights in {weights}")
+
+
+def evaluate(
+    run: "Run",
+    parts: "Parts",
+    weights: Path,
+    remarks: "Callable[[dict[str, Any]], list[str]] | None" = None,
+) -> None:
+    """Score a run; `remarks` says in sentences what is to be added, in the report too."""
+    from epalm.evaluate.figures import draw_loss
+    from epalm.evaluate.report import write_report
+    from epalm.evaluate.scores import evaluate as score
+    from epalm.evaluate.table import headline
+    from epalm.train.checkpoint import load_weights
+
+    load_weights(weights, parts.model)
+    scores = score(run, parts)
+    if not parts.accelerator.is_main_process:
+        return
+    said = remarks(scores) if remarks else []
+    files = [run.scores, write_report(run, parts.dataset, parts.features.spec, said)]
+    if run.metrics.is_file():  # not imported
+        files.append(draw_loss(run))
+    click.echo(
+        f"evaluate: {headline(scores)} on {scores['examples']} {scores['split']} examples, with "
+        f"{weights.name}; written: {', '.join(map(str, files))}"
+    )
+    for words in said:
+        click.echo(words)
+
+
+def evaluate_on(run: "Run", recipe: Path, overrides: tuple[str, ...], weights: Path) -> None:
+    """Evaluate a run on another recipe's data."""
+    from epalm.config import load_recipe
+    from epalm.evaluate.elsewhere import begin, differences, elsewhere, gap
+    from epalm.train.parts import assemble
+    from epalm.train.run import Run
+
+    other = load_recipe(recipe, overrides)
+    there, target = elsewhere(run, other), Run.of(other)
+    parts = assemble(there.recipe)
+    said = differences(run, parts.features.spec)
+    if parts.accelerator.is_main_process:
+        begin(there)
+    parts.accelerator.wait_for_everyone()
+    evaluate(there, parts, weights, lambda scores: said + gap(run, target, scores))
