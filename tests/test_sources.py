@@ -171,12 +171,11 @@ def test_images_and_sounds_from_files_to_answers(cli: Cli, both: Recipes, tmp_pa
         refused = cli(*words)
         assert (refused.exit_code, message in refused.output) == (2, True), refused.output
 
-    options = ("--set", "name=parts", "--set", "train.accumulate=2")
-    assert cli("train", recipe, *options, "--max-steps", 3).exit_code == 0
-    assert cli("train", recipe, *options).exit_code == 0
-    resumed = load_file(tmp_path / "runs" / "parts" / "checkpoints" / "last.safetensors")
+    assert cli("train", recipe, "--set", "name=cut", "--max-steps", 3).exit_code == 0
+    assert cli("train", recipe, "--set", "name=cut").exit_code == 0
+    resumed = load_file(tmp_path / "runs" / "cut" / "checkpoints" / "last.safetensors")
     for name, value in load_file(run / "checkpoints" / "last.safetensors").items():
-        torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-5)
+        assert torch.equal(resumed[name], value), name
 
 
 def test_batches_mix_sources_and_keep_their_media_apart(cli: Cli, both: Recipes) -> None:
