@@ -6,6 +6,7 @@ the nearest real key. The resolved recipe is written into every run folder.
 """
 
 import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -199,6 +200,11 @@ class EncoderConfig(Section):
                 "float32"
             )
         return self
+
+    @property
+    def worker_count(self) -> int:
+        """Decoding processes."""
+        return self.workers or min(os.cpu_count() or 1, 8)
 
     @model_validator(mode="after")
     def _layers_are_ascending(self) -> "EncoderConfig":

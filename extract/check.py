@@ -1,7 +1,6 @@
 """Encoding a few media: to compare them with what is stored, and to say how long all will take."""
 
 import itertools
-import os
 import random
 import time
 from dataclasses import dataclass, replace
@@ -164,7 +163,7 @@ class _Small:
         prepare_workers(ENCODERS[recipe.encoder.kind])
         self.seed, self.batch_size = recipe.encoder.views.seed, recipe.encoder.batch_size
         self.encoder: Encoder = build(recipe, choose_device(recipe.device))
-        workers = recipe.encoder.workers or min(os.cpu_count() or 1, 8)
+        workers = recipe.encoder.worker_count
         self.pool = DecodePool(
             self.encoder.preprocess, workers, recipe.encoder.decode_timeout, self.batch_size
         )

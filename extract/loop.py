@@ -5,7 +5,6 @@ shard redone after an interruption holds the same bytes. Several processes, on m
 a disk, may extract into one set: each claims the shards it makes.
 """
 
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -154,7 +153,7 @@ def _encode_all(
     prepare_workers(ENCODERS[recipe.encoder.kind])
     encoder = build(recipe, choose_device(recipe.device))
     config = recipe.encoder
-    workers = config.workers or min(os.cpu_count() or 1, 8)
+    workers = config.worker_count
     with (
         DecodePool(encoder.preprocess, workers, config.decode_timeout, config.batch_size) as pool,
         tqdm(total=sum(sum(t.pending.values()) for t in todo), desc="extract", unit="media") as bar,

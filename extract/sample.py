@@ -1,6 +1,5 @@
 """Decoding a few media, as `data check --decode` does, without keeping anything."""
 
-import os
 import random
 
 from epalm.config import Recipe
@@ -27,7 +26,7 @@ def undecodable(recipe: Recipe, dataset: Dataset, count: int) -> tuple[int, dict
     prepare_workers(ENCODERS[recipe.encoder.kind])
     config = recipe.encoder
     preprocess = build(recipe, choose_device(recipe.device)).preprocess
-    workers = config.workers or min(os.cpu_count() or 1, 8)
+    workers = config.worker_count
     reasons: dict[str, str] = {}
     with DecodePool(preprocess, workers, config.decode_timeout, config.batch_size) as pool:
         for some in chunks(chosen, config.batch_size):

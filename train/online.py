@@ -7,7 +7,6 @@ A frozen one gives the features that `extract` would have stored, but for the ro
 store's number format; views are seeded alike.
 """
 
-import os
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
@@ -145,7 +144,7 @@ def open_online(
     prepare_workers(ENCODERS[config.kind])
     spec, encoder = describe(recipe), build(recipe, device)
     layout = Layout(recipe.store.backend, recipe.store.shard_rows, config.weights)
-    workers = config.workers or min(os.cpu_count() or 1, 8)
+    workers = config.worker_count
     with ExitStack() as stack:
         pool = DecodePool(encoder.preprocess, workers, config.decode_timeout, largest)
         stack.enter_context(pool)
