@@ -152,7 +152,7 @@ class MemmapTake(Memmap):
 
     def open(self, folder: Path, rows: Array) -> None:
         super().open(folder, rows)
-        self.rows = np.asarray(self.rows)  # type: ignore[assignment]
+        self.rows = np.asarray(self.rows)
 
     def random(self, numbers: Array) -> Array:
         return self.rows.take(numbers, axis=0)
@@ -288,7 +288,7 @@ class Lance(Contender):
 
 
 CONTENDERS: list[Callable[[], Contender]] = [
-    *(lambda backend=backend: Ours(backend) for backend in BACKENDS),  # type: ignore[misc]
+    *(lambda backend=backend: Ours(backend) for backend in BACKENDS),
     Memmap,
     MemmapTake,
     ZarrDefault,
@@ -423,7 +423,7 @@ def _reading(ready: list[Contender], rows: Array, draws: list[Array]) -> dict[st
         last = contender.last(draws[0])
         if last is not None:
             assert np.array_equal(last.view(np.uint16), rows[draws[0], LAST].view(np.uint16))
-            reads["last 6"][contender.name] = contender.last  # type: ignore[assignment]
+            reads["last 6"][contender.name] = contender.last
         found = contender.random(draws[0])
         assert found.dtype == np.float16
         assert np.array_equal(found.view(np.uint16), rows[draws[0]].view(np.uint16))

@@ -203,7 +203,7 @@ class Steps:
         set_learning_rates(self.optimiser, self.number, self.config)
         self.optimiser.zero_grad(set_to_none=True)
         loss = loss_of(self.model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimiser.step()
         self.number += 1
         return loss.detach()

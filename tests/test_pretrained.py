@@ -125,16 +125,16 @@ def test_a_relative_lm_moves_with_the_folder(
     lm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saved in one working directory, used after a move and from another one."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     model = built(Path("../lm"), VARIANTS["epalm"])
     model.save_pretrained("out/saved")
     assert json.loads((Path("out/saved") / CONFIG).read_text())["lm"]["weights"] == "../../../lm"
     (tmp_path / "there").mkdir()
-    for name in ("work", "lm"):
+    for name in ("here", "lm"):
         (tmp_path / name).rename(tmp_path / "there" / name)
     monkeypatch.chdir(tmp_path)
-    loaded = AugmentedLM.from_pretrained("there/work/out/saved", device="cpu")
+    loaded = AugmentedLM.from_pretrained("there/here/out/saved", device="cpu")
     assert torch.equal(states(loaded), states(model))
 
 
