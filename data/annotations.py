@@ -3,12 +3,15 @@
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from epalm.config import DataConfig
 from epalm.errors import EpalmError
+
+Hook = Callable[[list[tuple[str, Any]]], Any]
 
 
 class Record:
@@ -51,6 +54,10 @@ class Record:
             raise self.error(f"field {key!r} is {_shown(value)}; it must be a text, not empty")
         return value.strip()
 
+    def text_or_null(self, key: str) -> str | None:
+        """A text as of `text`; None where the file has null."""
+        return None if self._get(key) is None else self.text(key)
+
     def identifier(self, key: str) -> str:
         """An id, which files give as a whole number or as a text."""
         value = self._get(key)
@@ -76,6 +83,13 @@ class Record:
         if not math.isfinite(value) or value < 0:
             raise self.error(f"field {key!r} is {value}; it must be finite and not negative")
         return float(value)
+
+    def boolean(self, key: str) -> bool:
+        """True or false."""
+        value = self._get(key)
+        if not isinstance(value, bool):
+            raise self.error(f"field {key!r} is {_shown(value)}; it must be true or false")
+        return value
 
     def texts(self, key: str, empty: bool = False) -> list[str]:
         """A list of at least one text, without blanks around them; `empty` as in `text`."""
@@ -157,9 +171,9 @@ def files_by_split(config: DataConfig, default: dict[str, str]) -> dict[str, Pat
     return found
 
 
-def read_object(path: Path) -> Record:
-    """A JSON file that holds one object."""
-    value = _read_json(path)
+def read_object(path: Path, hook: Hook | None = None) -> Record:
+    """A JSON file that holds one object; `hook` makes each object in it of its fields in order."""
+    value = _read_json(path, hook)
     if not isinstance(value, dict):
         raise EpalmError(f"{path}: must hold a JSON object, not {_shown(value)}")
     return Record(value, path, "")
@@ -216,9 +230,26 @@ def read_table(
         raise EpalmError(f"{path}, line {rows.line_num}: not valid CSV ({error})") from None
 
 
-def _read_json(path: Path) -> Any:
+def distinct(path: Path) -> Hook:
+    """A hook that refuses a name that stands twice in an object, of which Python keeps the last.
+
+    For files whose objects are named by ids.
+    """
+
+    def check(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(fields)
+        if len(found) < len(fields):
+            names = Counter(name for name, _ in fields)
+            again = next(name for name, count in names.items() if count > 1)
+            raise EpalmError(f"{path}, {again}: stands there {names[again]} times")
+        return found
+
+    return check
+
+
+def _read_json(path: Path, hook: Hook | None = None) -> Any:
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
+        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=hook)
     except OSError as error:
         raise EpalmError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:

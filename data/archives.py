@@ -1,7 +1,8 @@
 """Media inside zip and tar archives, read without unpacking them.
 
-A tar's members are found once, by their headers, and then read from where they lie; a zip has a
-directory of its own. Open archives are kept open by each process, up to OPEN_ARCHIVES of them.
+A tar's members are found by their headers, and then read from where they lie; of large ones an
+index is kept (`archive_index.py`). A zip has a directory of its own. Open archives are kept open by
+each process, up to OPEN_ARCHIVES of them.
 """
 
 import errno
@@ -12,10 +13,12 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from epalm.data.archive_index import TarMember, indexed
 from epalm.errors import EpalmError
 
 OPEN_ARCHIVES = 64  # per process, well below the usual limit of open files
@@ -27,13 +30,6 @@ _DAMAGED = (
     zlib.error,
 )  # fmt: skip
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".7z", ".rar")
-
-
-class TarMember(NamedTuple):
-    """A file in a tar: where its bytes begin, and how many there are."""
-
-    offset: int
-    size: int
 
 
 class ZipMember(NamedTuple):
@@ -61,14 +57,16 @@ def is_archive(path: Path) -> bool:
     return name.endswith(SUFFIXES)
 
 
-def list_members(archive: Path) -> dict[str, Member]:
+def list_members(archive: Path) -> Mapping[str, Member]:
     """The files in an archive, by their names there.
 
     Raises:
         EpalmError: not an archive, cut off, or a member that leads out of it.
     """
     try:
-        return _list_zip(archive) if archive.suffix.lower() == ".zip" else _list_tar(archive)
+        if archive.suffix.lower() == ".zip":
+            return _list_zip(archive)
+        return indexed(archive, lambda: _list_tar(archive))
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise EpalmError(f"{archive}: not a whole {archive.suffix} archive ({error})") from None
 
@@ -113,8 +111,8 @@ def _open_zip(archive: Path, modified: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(archive)
 
 
-def _list_zip(archive: Path) -> dict[str, Member]:
-    found: dict[str, Member] = {}
+def _list_zip(archive: Path) -> dict[str, ZipMember]:
+    found: dict[str, ZipMember] = {}
     with zipfile.ZipFile(archive) as file:
         for info in file.infolist():
             if info.is_dir():
@@ -127,8 +125,8 @@ def _list_zip(archive: Path) -> dict[str, Member]:
     return found
 
 
-def _list_tar(archive: Path) -> dict[str, Member]:
-    found: dict[str, Member] = {}
+def _list_tar(archive: Path) -> dict[str, TarMember]:
+    found: dict[str, TarMember] = {}
     links: dict[str, str] = {}
     with tarfile.open(archive, "r:") as file:
         for info in file:

@@ -2,13 +2,14 @@
 
 `data.path` is a folder with the official `train_balanced_questions.json`,
 `val_balanced_questions.json` and `testdev_balanced_questions.json` (our test split; the official
-test has no public answers). `data.files` chooses others. Full answers are ignored, as in the paper.
+test has no public answers). `data.files` chooses others; of `val_all_questions.json` and the like,
+a type says which questions are balanced. Full answers are ignored, as in the paper.
 
 `data.media_name` may name {image}.
 """
 
 from epalm.config import DataConfig
-from epalm.data.annotations import files_by_split, read_object
+from epalm.data.annotations import distinct, files_by_split, read_object
 from epalm.data.collect import Collector
 from epalm.data.example import Counts, Dataset
 
@@ -33,10 +34,14 @@ def load(config: DataConfig) -> Dataset:
     """
     collector = Collector(config, "gqa", "{image}.jpg")
     for split, path in files_by_split(config, FILES).items():
-        questions = read_object(path)
+        questions = read_object(path, distinct(path))
+        all_of_them = "_all_" in path.name
         for identifier in questions.keys():
             record = questions.record(identifier)
             types = record.record("types")
+            further = {"semantic": types.text("semantic"), "detailed": types.text("detailed")}
+            if all_of_them:
+                further["balanced"] = "yes" if record.boolean("isBalanced") else "no"
             entailed = [] if split == "train" else record.identifiers("entailed")
             collector.add(
                 record,
@@ -46,7 +51,7 @@ def load(config: DataConfig) -> Dataset:
                 [record.text("answer")],
                 split,
                 types.text("structural"),
-                {"semantic": types.text("semantic"), "detailed": types.text("detailed")},
+                further,
                 [other for other in entailed if other != identifier],
             )
     return collector.dataset()

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from math import nan
 
 import numpy as np
@@ -48,11 +49,12 @@ def majority_answers(training: Sequence[Example]) -> dict[str, str]:
 
 def _metrics(recipe: Recipe, examples: Sequence[Example]) -> dict[str, Metric]:
     config = recipe.evaluate
+    training = [e for e in examples if e.split == "train"]
+    setting = Setting(training, config.official, recipe.data, config.split)
     names = config.metrics
     if names is None:
-        names = default_metrics(recipe.data.kind, examples, config.official)
-    training = [e for e in examples if e.split == "train"]
-    return make_metrics(names, Setting(training, config.official))
+        names = default_metrics(examples, setting)
+    return make_metrics(names, setting)
 
 
 def _restricted(metric: Metric, source: str) -> Metric:
@@ -67,7 +69,7 @@ def _restricted(metric: Metric, source: str) -> Metric:
         values[rows] = own.per_example
         statistics = np.zeros((len(examples), own.statistics.shape[1]))
         statistics[rows] = own.statistics
-        return Scores(values, statistics, own.combine)
+        return replace(own, per_example=values, statistics=statistics)
 
     return restricted
 

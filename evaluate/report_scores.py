@@ -9,10 +9,12 @@ PARTS = 12  # question types of a kind that are listed; the others stand in scor
 
 _NAMES = {
     "vqa_accuracy": "VQA accuracy", "vqa_accuracy_2017": "VQA accuracy (2017)",
-    "gqa_consistency": "GQA consistency", "bleu_1": "BLEU-1", "bleu_2": "BLEU-2",
-    "bleu_3": "BLEU-3", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "cider": "CIDEr",
-    "cider_d": "CIDEr-D", "cider_2015": "CIDEr (2015)", "meteor": "METEOR", "spice": "SPICE",
-    "spider": "SPIDEr",
+    "gqa_consistency": "GQA consistency", "gqa_validity": "GQA validity",
+    "gqa_plausibility": "GQA plausibility",
+    "gqa_distribution": "GQA distribution (lower is better)",
+    "bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L", "cider": "CIDEr", "cider_d": "CIDEr-D", "cider_2015": "CIDEr (2015)",
+    "meteor": "METEOR", "spice": "SPICE", "spider": "SPIDEr",
 }  # fmt: skip
 
 

@@ -13,7 +13,9 @@ from epalm.train.run import Run
 
 
 def differences(a: Run, b: Run) -> dict[str, Difference]:
-    """Scores of run B less those of run A, for each metric of A's recipe, on the same examples.
+    """Scores of run B less those of run A, on the same examples.
+
+    For each metric of A's recipe that can be resampled.
 
     Both runs' predictions are scored again, by the dataset of A's recipe.
 
@@ -36,6 +38,8 @@ def differences(a: Run, b: Run) -> dict[str, Difference]:
     found = {}
     for name, metric in evaluation_metrics(a.recipe, dataset).items():
         scores = [metric(given, examples) for given in predictions]
+        if scores[0].of_rows is not None:  # cannot be resampled
+            continue
         found[name] = compare(scores[0], scores[1], media, a.recipe.data_seed)
     return found
 

@@ -15,7 +15,7 @@ import pytest
 from click.testing import Result
 
 from epalm.config import DataConfig, Recipe, load_recipe
-from epalm.data import load_dataset, read
+from epalm.data import archive_index, archives, load_dataset, read
 from epalm.data.archives import OPEN_ARCHIVES
 from epalm.data.media import Media, MediaRoot, expand
 from epalm.errors import EpalmError
@@ -205,6 +205,98 @@ def test_a_name_in_two_archives_is_refused(tmp_path: Path) -> None:
         MediaRoot(str(tmp_path / "{a,b}.tar"))
     root = MediaRoot(str(tmp_path / "*.tar"), under=tmp_path)
     assert [root.find(f"{name}/1.jpg").read() for name in "ab"] == [b"a", b"b"]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, and an index for each tar."""
+    monkeypatch.setenv("EPALM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(archive_index, "SMALLEST", 0)
+    return tmp_path / "cache"
+
+
+def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tars whose headers are read from now on."""
+    seen: list[str] = []
+    real = archives._list_tar
+
+    def counted(archive: Path) -> dict[str, archive_index.TarMember]:
+        seen.append(archive.name)
+        return real(archive)
+
+    monkeypatch.setattr(archives, "_list_tar", counted)
+    return seen
+
+
+def test_headers_of_a_tar_are_read_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"a/1.jpg": b"one", "a/é\n.txt": b"two", "b\udcff.jpg": b"three", "empty": b""}
+    for shard, content in (("0", names), ("1", {"c.jpg": b"four"})):
+        write_tar(tmp_path / f"{shard}.tar", content)
+    links(tmp_path / "2.tar", tarfile.SYMTYPE, "d.jpg", "a/1.jpg")
+    text = str(tmp_path / "*.tar")
+    seen = scans(monkeypatch)
+    first = MediaRoot(text, under=tmp_path)
+    assert seen == ["0.tar", "1.tar", "2.tar"]
+    again = MediaRoot(text, under=tmp_path)
+    assert len(seen) == 3 and again.members == first.members
+    assert {m.id: m.read() for m in again.members.values()} == {
+        **{f"0/{name}": content for name, content in names.items()},
+        "1/c.jpg": b"four", "2/a/1.jpg": b"one", "2/d.jpg": b"one",
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)  # the same archive by another path
+    assert MediaRoot("1.tar").find("c.jpg").read() == b"four" and len(seen) == 3
+    assert sorted(p.suffix for p in (cache / "archives").iterdir()) == [".json"] * 3
+
+
+def test_an_index_that_does_not_fit_is_made_anew(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tar(tmp_path / "x.tar", {"1.jpg": b"one"})
+    root, modified = str(path), path.stat().st_mtime_ns
+    MediaRoot(root)
+    seen = scans(monkeypatch)
+    write_tar(path, {"1.jpg": b"two", "2.jpg": bytes(20_000)})  # another size
+    os.utime(path, ns=(0, modified))
+    assert MediaRoot(root).find("1.jpg").read() == b"two" and len(seen) == 1
+    size = path.stat().st_size
+    write_tar(path, {"2.jpg": bytes(20_000), "1.jpg": b"two"})  # of the same size, at another time
+    os.utime(path, ns=(0, 7))
+    assert path.stat().st_size == size
+    assert MediaRoot(root).find("1.jpg").read() == b"two" and len(seen) == 2
+    index = archive_index.index_path(path)
+    whole = index.read_text()
+    for broken in (
+        "",
+        "[]",
+        whole[:-20],
+        whole.replace('"sizes":[', '"sizes":[1,'),
+        whole.replace('"format":1', '"format":0'),
+        whole.replace("x.tar", "y.tar"),
+    ):
+        index.write_text(broken)
+        assert MediaRoot(root).find("1.jpg").read() == b"two"
+        assert index.read_text() == whole
+    assert len(seen) == 8
+
+
+def test_archives_need_no_index(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where none can be written, of what is refused, and of what is small."""
+    seen = scans(monkeypatch)
+    with pytest.raises(EpalmError, match="leaves the archive"):
+        MediaRoot(str(write_tar(tmp_path / "out.tar", {"../a.jpg": b""})))
+    assert not (cache / "archives").exists()
+    path = write_tar(tmp_path / "x.tar", {"1.jpg": b"one"})
+    cache.write_text("no folder")
+    for _ in range(2):
+        assert MediaRoot(str(path)).find("1.jpg").read() == b"one"
+    cache.unlink()
+    monkeypatch.setattr(archive_index, "SMALLEST", path.stat().st_size + 1)
+    MediaRoot(str(path))
+    assert len(seen) == 4 and not cache.exists()
 
 
 def test_archives_stay_open_but_not_too_many(tmp_path: Path) -> None:

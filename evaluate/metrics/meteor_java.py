@@ -1,4 +1,4 @@
-"""METEOR, SPICE and SPIDEr, whose only official implementations are Java programs."""
+"""METEOR, whose only official implementation is a Java program."""
 
 import subprocess
 import tempfile
@@ -9,16 +9,9 @@ import numpy as np
 
 from epalm.data.example import Example
 from epalm.errors import EpalmError
-from epalm.evaluate.metrics.captions import Texts, as_tables, cider_values, tokenized
+from epalm.evaluate.metrics.captions import Texts, tokenized
 from epalm.evaluate.metrics.java import METEOR_DATA, METEOR_JAR, PTB_JAR, require
-from epalm.evaluate.metrics.scored import Floats, Metric, Scores, Setting, mean_scores
-
-SPICE_JAR = "spice/spice-1.0.jar"
-# not in the package; the download is Stanford's, of 2015-12-09
-SPICE_MODELS = (
-    "spice/lib/stanford-corenlp-3.6.0.jar",
-    "spice/lib/stanford-corenlp-3.6.0-models.jar",
-)
+from epalm.evaluate.metrics.scored import Floats, Metric, Scores, Setting
 
 
 def meteor(setting: Setting) -> Metric:
@@ -39,53 +32,6 @@ def meteor(setting: Setting) -> Metric:
         return Scores(_meteor(statistics), statistics, _meteor)
 
     return metric
-
-
-def spice(setting: Setting) -> Metric:
-    """SPICE: F of scene graph tuples, mean over examples.
-
-    Raises:
-        EpalmError: Java or a file is missing.
-    """
-    _require_spice(setting)
-
-    def metric(predictions: Sequence[str], examples: Sequence[Example]) -> Scores:
-        return mean_scores(_spice_values(*tokenized(predictions, examples, setting)))
-
-    return metric
-
-
-def spider(setting: Setting) -> Metric:
-    """SPIDEr: the mean of CIDEr-D and SPICE, per example and so over all.
-
-    Raises:
-        EpalmError: Java or a file is missing.
-    """
-    _require_spice(setting)
-
-    def metric(predictions: Sequence[str], examples: Sequence[Example]) -> Scores:
-        texts = tokenized(predictions, examples, setting)
-        return mean_scores((cider_values(*texts) + _spice_values(*texts)) / 2)
-
-    return metric
-
-
-def _require_spice(setting: Setting) -> None:
-    folder = require(SPICE_JAR, *([PTB_JAR] if setting.official else []))
-    missing = [str(folder / name) for name in SPICE_MODELS if not (folder / name).is_file()]
-    if missing:
-        raise EpalmError(
-            f"evaluate.metrics: SPICE needs {' and '.join(missing)}; they are in Stanford's "
-            "stanford-corenlp-full-2015-12-09.zip (`python -m "
-            "pycocoevalcap.spice.get_stanford_models` fetches them), or leave out spice and spider"
-        )
-
-
-def _spice_values(hypotheses: Texts, references: tuple[Texts, ...]) -> Floats:
-    from pycocoevalcap.spice.spice import Spice
-
-    _, details = Spice().compute_score(*as_tables(hypotheses, references))
-    return np.array([each["All"]["f"] for each in details], dtype=np.float64)
 
 
 def _alignments(hypotheses: Texts, references: tuple[Texts, ...]) -> Floats:
