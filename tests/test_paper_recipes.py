@@ -1,5 +1,6 @@
-"""The paper's pairings, run with a small random OPT of the same depth and norm placement."""
+"""The paper's tables as recipes: its pairings are run, all others resolve and have its scores."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +9,12 @@ from click.testing import Result
 from transformers import PreTrainedTokenizerFast
 
 from epalm.config import load_recipe
+from epalm.sweep import load_sweep
 from tests.conftest import tiny_opt
 
-PAPER = Path(__file__).parents[1] / "recipes" / "paper"
+ROOT = Path(__file__).parents[1]
+PAPER = ROOT / "recipes" / "paper"
+SWEEPS = ROOT / "recipes" / "sweeps"
 SHAPES = {  # of the OPT each recipe names
     "opt-125m": {"num_hidden_layers": 12},
     "opt-350m": {
@@ -55,6 +59,7 @@ def test_two_steps_and_evaluation(
         "train.steps": 2,
         "train.batch_size": 8,
         "decode.max_new_tokens": 3,
+        "evaluate.metrics": "null",  # the toy questions have one answer, not ten
     }
     sets = [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
     done = cli("run", PAPER / f"{name}.yaml", *sets)
@@ -62,3 +67,49 @@ def test_two_steps_and_evaluation(
     assert "2 steps" in done.output
     recipe = load_recipe(PAPER / f"{name}.yaml")
     assert recipe.lm.weights == f"hf:facebook/{name}"
+
+
+def rows_of_the_page() -> list[tuple[list[str], list[str]]]:
+    """Of each table row of docs/paper.md that names recipes: their names, and its scores."""
+    page = (ROOT / "docs" / "paper.md").read_text()
+    cells = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| ")]
+    rows = [(re.findall("`([a-z][^`]*)`", c[1]), re.findall(r"-?\d+\.\d+", " ".join(c[2:])))
+            for c in cells]  # fmt: skip
+    return [row for row in rows if row[0]]
+
+
+def head_of(path: Path) -> str:
+    return " ".join(line[2:] for line in path.read_text().splitlines() if line.startswith("# "))
+
+
+def test_the_page_and_the_heads_have_the_same_scores() -> None:
+    """The first name of a row is what is trained; a sweep's head has the scores of all its rows."""
+    rows = rows_of_the_page()
+    assert len(rows) > 70
+    for (name, *targets), scores in rows:
+        assert scores, name
+        for target in targets:
+            assert (PAPER / f"{target}.yaml").is_file()
+        sweep, colon, row = name.partition(": ")
+        if colon:
+            path = SWEEPS / f"{sweep}.yaml"
+            assert [run.labels["row"] for run in load_sweep(path)].count(row) == 1
+            assert re.search(rf"\b{row} (\([^)]*\) )?{scores[0]}[,. ]", head_of(path)), name
+        else:
+            found = re.findall(r"-?\d+\.\d+", head_of(PAPER / f"{name}.yaml"))
+            assert {float(score) for score in scores} <= {float(score) for score in found}, name
+
+
+def test_every_recipe_is_on_the_page() -> None:
+    page = (ROOT / "docs" / "paper.md").read_text()
+    named = set(re.findall("`([a-z0-9][^`: ]*)`", page))
+    assert {path.stem for path in PAPER.glob("*.yaml")} - {"vqa2-base"} <= named
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_heads_of_sweeps(path: Path) -> None:
+    head = head_of(path)
+    assert f"python pipeline.py sweep recipes/sweeps/{path.name}" in head
+    if path.stem.startswith(("table", "few")):
+        for words in ("Paper, row by row", "Features: ", "Not run here. Estimate"):
+            assert words in head
