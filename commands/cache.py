@@ -90,13 +90,23 @@ def cache_diff(one: Path, other: Path) -> None:
 @recipe_argument
 @set_option
 def cache_repair(recipe: Path, overrides: tuple[str, ...]) -> None:
-    """Drop the broken shards of the recipe's columns, and make these again, in their places."""
+    """Drop the broken shards of the recipe's columns, and make these again, in their places.
+
+    Those of its LM's text states are dropped too; the next training makes them again.
+    """
     from epalm.config import load_recipe
     from epalm.extract.columns import existing_columns
     from epalm.extract.compare import set_of_recipe
-    from epalm.store.maintenance import give_up, verify
+    from epalm.store.maintenance import give_up, text_sets, verify
 
     loaded = load_recipe(recipe, overrides)
+    for states in text_sets(Path(loaded.store.root), loaded.lm.weights):
+        broken = verify(states, _bar("verify text states"))
+        give_up(broken)
+        click.echo(
+            f"{states.folder}: {len(broken)} broken shards of text states"
+            + ("; dropped, the next training makes them again" if broken else "")
+        )
     features = set_of_recipe(recipe, overrides)
     ours = existing_columns(loaded, features)
     problems = verify(features, _bar("verify"))
@@ -112,23 +122,28 @@ def cache_repair(recipe: Path, overrides: tuple[str, ...]) -> None:
 @cache.command("gc")
 @set_argument
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
-@click.option("--removed", is_flag=True, help="Also forget media whose files are gone.")
+@click.option("--removed", is_flag=True, help="Also forget media and runs that are gone.")
 @set_option
 def cache_gc(target: Path, dry_run: bool, removed: bool, overrides: tuple[str, ...]) -> None:
     """Delete what nothing in a feature set refers to any more."""
     from epalm.extract.compare import feature_set
     from epalm.store.listing import words_for_bytes
-    from epalm.store.maintenance import collect, garbage, removed_media
+    from epalm.store.maintenance import Removed, collect, garbage, removed_media, removed_runs
 
     features = feature_set(target, overrides)
-    gone = {d: removed_media(features, d) for d in features.datasets()} if removed else {}
+    gone = Removed({}, [])
+    if removed:
+        media = {dataset: removed_media(features, dataset) for dataset in features.datasets()}
+        gone = Removed(media, removed_runs(features))
     if dry_run:
         found = [(path, path.stat().st_size) for path in garbage(features, gone)]
     else:
         found = collect(features, gone)
     verb = "would be" if dry_run else "are"
-    for dataset, media in gone.items():
-        click.echo(f"{dataset}: {len(media)} media {verb} forgotten")
+    for dataset, forgotten in gone.media.items():
+        click.echo(f"{dataset}: {len(forgotten)} media {verb} forgotten")
+    for run in gone.runs:
+        click.echo(f"{run}: gone; its needs {verb} forgotten")
     for path, _ in found:
         click.echo(f"  {path.relative_to(features.folder)}")
     size = words_for_bytes(sum(size for _, size in found))

@@ -20,8 +20,9 @@ from epalm.extract.encoder import ENCODERS, Encoder, build, describe
 from epalm.extract.lookup import needed_views
 from epalm.extract.views import view_seed
 from epalm.extract.workers import DecodePool, Task, prepare_workers
-from epalm.store.column import Column, Row
+from epalm.store.column import Column
 from epalm.store.feature_set import CatalogueEntry, FeatureSet, find, folder_name, open_set
+from epalm.store.marker import Row
 
 NOISE_STEPS = 4
 """Steps of the stored or computed number format that two batches may differ by."""

@@ -9,8 +9,8 @@ from epalm.data.example import Dataset
 from epalm.data.grouping import chunks
 from epalm.data.media import Media, expand
 from epalm.errors import EpalmError
-from epalm.store.column import Failure
 from epalm.store.feature_set import Catalogue, CatalogueEntry, FeatureSet
+from epalm.store.marker import Failure
 
 HASH_PIECE = 256  # media given to the threads at a time
 SAVE_SECONDS = 30.0  # between two saves of what is hashed so far

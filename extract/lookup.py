@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -16,13 +15,13 @@ from epalm.device import send
 from epalm.errors import EpalmError, NotHereError
 from epalm.extract.columns import column_specs, last_layers
 from epalm.extract.encoder import describe
+from epalm.extract.placement import FreeMemory
 from epalm.extract.report import bad_media_message
-from epalm.store.column import Column, Row
+from epalm.store.column import Column
 from epalm.store.feature_set import Catalogue, FeatureSet, find
+from epalm.store.marker import Row
 from epalm.store.spec import ColumnSpec, FeatureSpec
 from epalm.store.stage import Stage
-
-FREE_SHARE = 0.5  # of the free memory that features may take
 
 
 class _Group:
@@ -122,19 +121,25 @@ class FeatureTable:
             return self._placed.index_select(0, places)
         return self._read(keys)
 
-    def place(self, placement: str, device: torch.device) -> None:
+    def size(self) -> int:
+        """Bytes of the features of `needed`."""
+        return self._read(self.needed[:1]).nbytes * len(self.needed) if self.needed else 0
+
+    def place(self, placement: str, device: torch.device, free: FreeMemory | None = None) -> None:
         """Bring the features of `needed` to where training will read them.
 
         Says where they are. `auto` takes the device, else memory, else leaves them on disk, by
         what is free: to be called when the LM is in its place.
+
+        Args:
+            free: of which others have had theirs; default: measured now.
         """
         keys = self.needed
         if not keys:
             return
-        sample = self._read(keys[:1])
-        size = sample.nbytes * len(keys)
+        size = self.size()
         if placement == "auto":
-            placement = _roomiest(size, device)
+            placement = (free or FreeMemory(device)).take(size)
         words = {"device": f"on {device}", "ram": "in memory", "disk": "on disk, mapped"}
         tqdm.write(
             f"features: {size / 1e6:,.1f} MB of {len(keys):,} media and views {words[placement]}"
@@ -142,7 +147,7 @@ class FeatureTable:
         if placement == "disk":
             return
         dtype = getattr(torch, self._joint_dtype())
-        table = torch.empty((len(keys), *sample.shape[1:]), dtype=dtype)
+        table = torch.empty((len(keys), *self._read(keys[:1]).shape[1:]), dtype=dtype)
         for begin in range(0, len(keys), 4096):
             table[begin : begin + 4096] = self._read(keys[begin : begin + 4096])
         self._placed = table.to(device) if placement == "device" else table
@@ -200,15 +205,6 @@ def needed_views(dataset: Dataset, views: int) -> dict[str, list[int]]:
     """By media id, the views that a training with K augmented views reads."""
     training = {e.media for e in dataset.split("train")}
     return {m: [0, *range(1, views + 1)] if m in training else [0] for m in dataset.media}
-
-
-def _roomiest(size: int, device: torch.device) -> str:
-    """Where so many bytes have room."""
-    if device.type == "cuda" and size <= FREE_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return "device"
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # started together; each has its own
-    free = psutil.virtual_memory().available / processes
-    return "ram" if size <= FREE_SHARE * free else "disk"
 
 
 def _without_features(

@@ -23,9 +23,11 @@ from epalm.extract.hashing import hash_media, removed_media
 from epalm.extract.report import Report, bad_media_message
 from epalm.extract.shards import ShardMaker
 from epalm.extract.workers import DecodePool, prepare_workers
-from epalm.store.column import Column, ColumnWriter, Row
+from epalm.store.column import Column
 from epalm.store.feature_set import CatalogueEntry, FeatureSet, Layout
+from epalm.store.marker import Row
 from epalm.store.stage import Stage
+from epalm.store.writer import ColumnWriter
 
 POLL_SECONDS = 0.5  # between looks at shards that other processes are making
 

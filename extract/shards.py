@@ -17,7 +17,9 @@ from epalm.extract.encoder import Encoder
 from epalm.extract.report import Report
 from epalm.extract.views import view_seed
 from epalm.extract.workers import Batch, DecodePool, Task
-from epalm.store.column import Claim, ColumnWriter, Failure
+from epalm.store.marker import Failure
+from epalm.store.publisher import Publisher
+from epalm.store.writer import Claim, ColumnWriter
 
 
 class ShardMaker:
@@ -40,7 +42,7 @@ class ShardMaker:
     def make(self, pending: dict[int, int]) -> dict[int, int]:
         """Make those that nobody else is making; returns what others still have in hand."""
         others: list[int] = []
-        with ExitStack() as held:
+        with ExitStack() as held, Publisher(self.writer) as publisher:
             for claim, begin, batch in self._decoded(pending, others, held):
                 if begin == 0:
                     rows = np.zeros(
@@ -50,7 +52,7 @@ class ShardMaker:
                 self._encode(claim, begin, batch, rows, failed)
                 self.bar.update(len(batch.outcomes))
                 if begin + len(batch.outcomes) == len(rows):
-                    self._write(claim, rows, failed)
+                    self._write(publisher, claim, rows, failed)
         left = {n: pending[n] for n in others if not self.writer.is_made(n)}
         by_others = sum(pending[n] for n in others if n not in left)
         self.bar.update(by_others)
@@ -126,10 +128,15 @@ class ShardMaker:
                 failed[content_hash] = Failure(media.id, reason, "FloatingPointError")
         clock["encode"] += time.perf_counter() - start
 
-    def _write(self, claim: Claim, rows: NDArray[np.float32], failed: dict[str, Failure]) -> None:
+    def _write(
+        self,
+        publisher: Publisher,
+        claim: Claim,
+        rows: NDArray[np.float32],
+        failed: dict[str, Failure],
+    ) -> None:
         start = time.perf_counter()
-        marker = self.writer.write(claim.plan, rows, failed)
-        claim.stream.close()
+        marker = publisher.write(claim, rows, failed)
         self.report.encoded += len(rows) - len(failed)
         self.report.seconds["write"] += time.perf_counter() - start
         if marker.dtype != self.writer.column.spec.dtype:

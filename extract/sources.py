@@ -10,6 +10,7 @@ from epalm.data.example import Dataset
 from epalm.data.sources import join, naming, split_id
 from epalm.errors import EpalmError
 from epalm.extract.lookup import FeatureTable, open_features
+from epalm.extract.placement import FreeMemory
 from epalm.store.spec import JointSpec
 from epalm.store.stage import Stage
 
@@ -47,9 +48,14 @@ class SourceTables:
         return self.tables[source].view_count(own)
 
     def place(self, placement: str, device: torch.device) -> None:
-        """As FeatureTable's, source by source."""
-        for table in self.tables.values():
-            table.place(placement, device)
+        """As FeatureTable's, of all sources.
+
+        `auto` measures what is free once and gives room to the smallest first, so that as many
+        sources as can be are read fast, whatever their names.
+        """
+        free = FreeMemory(device)
+        for table in sorted(self.tables.values(), key=FeatureTable.size):
+            table.place(placement, device, free)
 
     def fetch(
         self, media: Sequence[str], views: Sequence[int] | None = None

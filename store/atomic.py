@@ -8,30 +8,68 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+PIECE = 2**21
+"""Bytes after which the disk is set to work: a huge page, so that the file is mapped in such."""
 
-@contextmanager
-def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
-    """A file beside `path`, to be written; then flushed to disk and renamed over it.
 
-    The caller must be the only writer of `path` (see `locked`): what a killed writer left half
-    written is overwritten. Without `flush`, a power failure may take the file's content.
+class Draft:
+    """A file written beside its place, until `publish` puts it there.
+
+    In a `with`, what was not published is deleted. The caller must be the only writer of `path`
+    (see `locked`): what a killed writer left half written is overwritten.
+
+    Args:
+        path: its place.
+        flush: without it, a power failure may take the file's content.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        if flush:
-            with partial.open("rb+") as stream:
-                os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    def __init__(self, path: Path, flush: bool = True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.flush = path, flush
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._stream = self._partial.open("wb", buffering=0)
+        self._size = 0
+
+    def __enter__(self) -> "Draft":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.discard()
+
+    def set_size(self, size: int) -> None:
+        """Bytes that the file will have; what is not written reads as zeros and takes no space.
+
+        Before anything is written: afterwards it would wait for the disk.
+        """
+        self._stream.truncate(size)
+
+    def write(self, content: bytes | bytearray | memoryview) -> None:
+        """Append; the disk begins with it at once, so that publishing waits the less."""
+        left = memoryview(content)
+        while left:
+            written = self._stream.write(left[: PIECE - self._size % PIECE])
+            if self.flush:
+                _begin_writeback(self._stream.fileno(), self._size, written)
+            left, self._size = left[written:], self._size + written
+
+    def publish(self) -> None:
+        """Flush to disk, then rename over what is there."""
+        if self.flush:
+            os.fsync(self._stream.fileno())
+        self._stream.close()
+        self._partial.replace(self.path)
+
+    def discard(self) -> None:
+        """Delete it, unless it was published."""
+        self._stream.close()
+        self._partial.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, content: bytes | memoryview | str, flush: bool = True) -> None:
-    """Write beside the place, flush to disk, then rename over it; see `replacing`."""
-    with replacing(path, flush) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+def write_atomic(path: Path, content: bytes | memoryview | str) -> None:
+    """Write beside the place, flush to disk, then rename over it; see `Draft`."""
+    with Draft(path) as draft:
+        draft.write(content.encode() if isinstance(content, str) else content)
+        draft.publish()
 
 
 @contextmanager
@@ -79,6 +117,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return found
+
+
+def _begin_writeback(descriptor: int, begin: int, length: int) -> None:
+    """Let the disk begin before the fsync; dirty pages are written, not dropped, by this advice."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, begin, length, os.POSIX_FADV_DONTNEED)
 
 
 def _is_still(stream: IO[Any], path: Path) -> bool:

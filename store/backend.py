@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epalm.errors import EpalmError
+from epalm.store.blocks import DraftBlock
 
 
 class ShardBackend(Protocol):
@@ -26,8 +27,8 @@ class ShardBackend(Protocol):
         """Prepare for blocks 0 to `shards` - 1; called under the column's lock before any write."""
         ...
 
-    def write(self, shard: int, rows: NDArray[np.generic], valid: NDArray[np.bool_]) -> str:
-        """Write one block atomically; returns the SHA-256 of its rows' bytes.
+    def draft(self, shard: int, rows: NDArray[np.generic], valid: NDArray[np.bool_]) -> DraftBlock:
+        """Write one block beside its place; to be published or discarded.
 
         Args:
             shard: the block's number.

@@ -57,6 +57,9 @@ def _names(features: FeatureSet) -> list[str]:
 def _copy_shard(source: Column, target: Column, shard: int) -> None:
     marker = source.markers[shard]
     valid = np.array([h not in marker.failed for h in marker.hashes])
-    if target.backend.write(shard, source.block(shard), valid) != marker.sha256:
+    block = target.backend.draft(shard, source.block(shard), valid)
+    if block.sha256 != marker.sha256:
+        block.discard()
         raise EpalmError(f"{source.folder}: shard {shard} is broken; run `cache repair` first")
-    marker.write(target._marker_path(shard))
+    block.publish()
+    write_atomic(target._marker_path(shard), marker.text())

@@ -21,7 +21,8 @@ from urllib.parse import quote, unquote
 from epalm.errors import EpalmError
 from epalm.store.atomic import locked, read_json_lines, write_atomic
 from epalm.store.backend import check_backend
-from epalm.store.column import Column, Failure
+from epalm.store.column import Column
+from epalm.store.marker import Failure
 from epalm.store.spec import ColumnSpec, FeatureSpec
 from epalm.store.stage import Stage
 

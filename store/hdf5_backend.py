@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epalm.errors import EpalmError
-from epalm.store.atomic import replacing
-from epalm.store.blocks import write_rows
+from epalm.store.blocks import DraftBlock, draft_block
 
 ALIGNMENT = 4096
 """Bytes that a block's place in its file is a multiple of: mapped numbers are read fast only so."""
@@ -30,15 +29,12 @@ class HDF5Backend:
     def reserve(self, shards: int) -> None:
         pass  # each block is a file of its own
 
-    def write(self, shard: int, rows: NDArray[np.generic], valid: NDArray[np.bool_]) -> str:
+    def draft(self, shard: int, rows: NDArray[np.generic], valid: NDArray[np.bool_]) -> DraftBlock:
         little = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
         form = _form(little.shape, little.dtype)
         head = bytearray(form.head)
         head[form.valid : form.valid + len(valid)] = valid.astype(np.uint8).tobytes()
-        # `write_rows` flushes
-        with replacing(self._path(shard), flush=False) as partial:
-            partial.write_bytes(head)
-            return write_rows(partial, len(head), little, len(head) + little.nbytes)
+        return draft_block(self._path(shard), head, little, len(head) + little.nbytes)
 
     def is_whole(self, shard: int, rows: int, dtype: str) -> bool:
         path = self._path(shard)

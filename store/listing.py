@@ -7,6 +7,7 @@ from pathlib import Path
 from epalm.errors import EpalmError
 from epalm.store.column import Column
 from epalm.store.feature_set import FeatureSet, open_set, specs
+from epalm.store.needs import needs
 
 HEADER = ("set", "modality", "backend", "column", "rows", "failed", "shards", "size")
 
@@ -28,7 +29,7 @@ def table_of_sets(root: Path) -> str:
         except EpalmError as error:
             bad.append(f"unreadable: {error}")
             continue
-        about = (folder.name, features.spec.modality, features.layout.backend)
+        about = (folder.name, _modality(features), features.layout.backend)
         for column in features.columns:
             rows, failed = f"{len(column):,}", f"{len(column.failures):,}"
             size = words_for_bytes(_bytes(column))
@@ -52,7 +53,13 @@ def _aligned(line: tuple[str, ...], widths: list[int]) -> str:
 
 def page_of_set(features: FeatureSet) -> str:
     """Everything a person may want to know of one set."""
+    of_texts = features.spec.modality == "text"
     lines = [str(features.folder)]
+    if of_texts:
+        lines.append(
+            "  an LM's states of texts at its first injection layer, kept by trainings that run "
+            "only the layers above (train.text_states)"
+        )
     lines += [f"  {key}: {value}" for key, value in asdict(features.spec).items()]
     lines.append(f"  weights from: {features.layout.weights_address}")
     lines.append(f"  backend: {features.layout.backend}, {features.layout.shard_rows} rows a shard")
@@ -60,7 +67,8 @@ def page_of_set(features: FeatureSet) -> str:
         kept = column.column
         lines.append(f"column {column.folder.name}: {words_for_bytes(_bytes(column))}")
         lines.append(f"  tokens: {kept.tokens}, {kept.token_count} a layer")
-        lines.append(f"  encoder layers: {', '.join(map(str, kept.layers))}")
+        layers = ", ".join(map(str, kept.layers))
+        lines.append(f"  {'LM' if of_texts else 'encoder'} layers: {layers}")
         if kept.augmentation is not None:
             lines.append(f"  augmentation: {kept.augmentation}")
         views = Counter(m.view for m in column.markers.values() for _ in m.hashes)
@@ -74,6 +82,9 @@ def page_of_set(features: FeatureSet) -> str:
             f"dataset {dataset}: {len(known.media):,} media, {len(known.unreadable):,} unreadable; "
             f"files were in {known.root}"
         )
+    for need in needs(features):
+        shards = "any" if need.shards is None else sum(map(len, need.shards.values()))
+        lines.append(f"needed by {need.run}: {shards} shards")
     for reason, count in Counter(f["reason"] for f in features.failures()).most_common(10):
         lines.append(f"failed: {count:,} x {reason}")
     if stage := features.last_extraction():
@@ -88,6 +99,12 @@ def words_for_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def _modality(features: FeatureSet) -> str:
+    """What the rows are about."""
+    kind = features.spec.modality
+    return "text states" if kind == "text" else kind
 
 
 def _bytes(column: Column) -> int:

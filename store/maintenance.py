@@ -7,8 +7,10 @@ from typing import NamedTuple, TypeVar
 
 from epalm.errors import EpalmError
 from epalm.store.atomic import claim, locked
-from epalm.store.column import Column, ColumnWriter
-from epalm.store.feature_set import Catalogue, FeatureSet
+from epalm.store.column import Column
+from epalm.store.feature_set import Catalogue, FeatureSet, open_set, specs
+from epalm.store.needs import needs
+from epalm.store.writer import ColumnWriter
 
 T = TypeVar("T")
 Progress = Callable[[Iterable[T]], Iterable[T]]
@@ -21,6 +23,18 @@ class Problem(NamedTuple):
     column: Column
     shard: int
     what: str
+
+
+class Removed(NamedTuple):
+    """What a set was made for and is to be taken as forgotten.
+
+    Attributes:
+        media: by dataset.
+        runs: their folders.
+    """
+
+    media: dict[str, list[str]]
+    runs: list[Path]
 
 
 def verify(features: FeatureSet, progress: Progress[tuple[Column, int]]) -> list[Problem]:
@@ -48,6 +62,12 @@ def give_up(problems: Iterable[Problem]) -> None:
         ColumnWriter(column).plan_again(shards)
 
 
+def text_sets(root: Path, lm: str) -> list[FeatureSet]:
+    """The sets of text states in a store, that trainings made with the LM from this address."""
+    folders = [folder for folder, spec in specs(root).items() if spec.modality == "text"]
+    return [s for s in map(open_set, folders) if s.layout.weights_address == lm]
+
+
 def removed_media(features: FeatureSet, dataset: str) -> list[str]:
     """Media of a catalogue whose files are gone, where their folder is still there.
 
@@ -67,30 +87,41 @@ def removed_media(features: FeatureSet, dataset: str) -> list[str]:
     return gone
 
 
-def garbage(features: FeatureSet, removed: dict[str, list[str]]) -> list[Path]:
+def removed_runs(features: FeatureSet) -> list[Path]:
+    """Runs that needed shards of the set and are gone, where the folder of runs is still there."""
+    runs = [need.run for need in needs(features)]
+    return [r for r in runs if r.parent.is_dir() and not (r / "recipe.yaml").is_file()]
+
+
+def garbage(features: FeatureSet, removed: Removed) -> list[Path]:
     """Files that nothing in the set refers to, in the order in which to delete them.
 
-    Shards none of whose media stands in a catalogue, blocks without marker, plans that nobody
-    works at, half-written files. A shard is kept as a whole while one of its media is known.
-
-    Args:
-        features: the set.
-        removed: media to be taken as forgotten, by dataset.
+    Shards that no run needs and none of whose media stands in a catalogue, blocks without marker,
+    plans that nobody works at, half-written files. A shard is kept as a whole while one of its rows
+    is wanted.
 
     Raises:
-        EpalmError: without a catalogue, everything would be garbage.
+        EpalmError: without a catalogue or a run, everything would be garbage.
     """
-    if not features.datasets():
-        raise EpalmError(f"{features.folder}: has no catalogue, so nothing says what it is for")
+    runs = needs(features)
+    if not features.datasets() and not runs:
+        what = "note of the runs that need it" if features.spec.modality == "text" else "catalogue"
+        raise EpalmError(f"{features.folder}: has no {what}, so nothing says what it is for")
     known = {
         entry.content_hash
         for dataset in features.datasets()
         for media, entry in features.catalogue(dataset).media.items()
-        if media not in set(removed.get(dataset, []))
+        if media not in set(removed.media.get(dataset, []))
     }
-    found: list[Path] = []
+    found = [need.record for need in runs if need.run in removed.runs]
+    left = [need for need in runs if need.run not in removed.runs]
     for column in features.columns:
-        unknown = {n for n, marker in column.markers.items() if known.isdisjoint(marker.hashes)}
+        needed = set().union(*(need.among(column) for need in left))
+        unknown = {
+            shard
+            for shard, marker in column.markers.items()
+            if shard not in needed and known.isdisjoint(marker.hashes)
+        }
         found += [column._marker_path(n) for n in sorted(unknown)]  # markers before their blocks
         found += sorted((column.folder / "plans").glob("[0-9]*.json"))
         orphans = column.backend.shards() - column.markers.keys()
@@ -98,29 +129,29 @@ def garbage(features: FeatureSet, removed: dict[str, list[str]]) -> list[Path]:
     return found + sorted(features.folder.rglob(".*.partial"))
 
 
-def collect(features: FeatureSet, removed: dict[str, list[str]]) -> list[tuple[Path, int]]:
+def collect(features: FeatureSet, removed: Removed) -> list[tuple[Path, int]]:
     """Delete `garbage`, and strike removed media off their catalogues; what it was, with sizes.
 
     Raises:
-        EpalmError: an extraction is running.
+        EpalmError: an extraction or a training is writing into it.
     """
     with Idle(features):
-        for dataset, gone in removed.items():
+        found = [(path, path.stat().st_size) for path in garbage(features, removed)]
+        for dataset, gone in removed.media.items():
             known = features.catalogue(dataset)
             media = {m: entry for m, entry in known.media.items() if m not in set(gone)}
             unreadable = {m: why for m, why in known.unreadable.items() if m not in set(gone)}
             features.write_catalogue(dataset, Catalogue(known.root, media, unreadable))
-        found = [(path, path.stat().st_size) for path in garbage(features, {})]
         for path, _ in found:
             path.unlink(missing_ok=True)
     return found
 
 
 class Idle(ExitStack):
-    """While it is held, no extraction works at a set. Interrupted plans are dropped.
+    """While it is held, nothing is written into a set. Interrupted plans are dropped.
 
     Raises:
-        EpalmError: one is at work.
+        EpalmError: something is being written.
     """
 
     def __init__(self, features: FeatureSet):
@@ -133,7 +164,10 @@ class Idle(ExitStack):
                 stream = claim(path)
                 if stream is None:
                     self.close()
-                    raise EpalmError(f"{features.folder}: an extraction is running; wait for it")
+                    raise EpalmError(
+                        f"{features.folder}: an extraction or a training is writing into it; wait "
+                        "for it"
+                    )
                 with stream:
                     path.unlink()  # an extraction that waits for the lock plans anew
             column.refresh()

@@ -17,7 +17,7 @@ class FeatureSpec:
     """What made a feature set: the encoder, and what it is shown.
 
     Attributes:
-        modality: image, video or audio.
+        modality: image, video or audio; text: an LM's states of texts (train/text_states.py).
         encoder: kind and architecture, e.g. `timm/vit_base_patch16_224`.
         encoder_arguments: what the architecture was built with beyond its defaults.
         encoder_parameters: number of the encoder's weights, which reports count as frozen.

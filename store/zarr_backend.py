@@ -9,6 +9,7 @@ to be float32 stands at its place in the array `features_float32`; `valid` is 1 
 
 import json
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
 
@@ -17,8 +18,8 @@ import zarr
 from numpy.typing import NDArray
 
 from epalm.errors import EpalmError
-from epalm.store.atomic import locked, replacing, write_atomic
-from epalm.store.blocks import write_rows
+from epalm.store.atomic import Draft, locked, write_atomic
+from epalm.store.blocks import DraftBlock, draft_block
 
 
 class ZarrBackend:
@@ -33,23 +34,26 @@ class ZarrBackend:
         self._grow("features", self.dtype, rows)
         self._grow("valid", "uint8", rows)
 
-    def write(self, shard: int, rows: NDArray[np.generic], valid: NDArray[np.bool_]) -> str:
+    def draft(self, shard: int, rows: NDArray[np.generic], valid: NDArray[np.bool_]) -> DraftBlock:
         name = self._array(rows.dtype.name)
         if name != "features":
             with locked(self.folder / ".lock"):  # another process may be doing so as well
                 self._grow(name, rows.dtype.name, (shard + 1) * self.block_shape[0])
         for old in self.files(shard):  # a block redone may have had another number format
             old.unlink()
-        chunk = self._chunk(name, shard)
         little = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
-        with replacing(chunk, flush=False) as partial:  # `write_rows` flushes
-            partial.touch()
-            digest = write_rows(partial, 0, little, self._size(rows.dtype.name))
-        mask = np.zeros(self.block_shape[0], np.uint8)
-        mask[: len(rows)] = valid * (1 if name == "features" else 2)
-        # last: only now do other readers see the rows. Not flushed: markers say the same
-        write_atomic(self._mask(shard), mask.tobytes(), flush=False)
-        return digest
+        told = np.zeros(self.block_shape[0], np.uint8)
+        told[: len(rows)] = valid * (1 if name == "features" else 2)
+        with ExitStack() as undone:
+            # not flushed: markers say the same
+            mask = undone.enter_context(Draft(self._mask(shard), flush=False))
+            mask.write(told.tobytes())
+            size = self._size(rows.dtype.name)
+            sha256, files = draft_block(self._chunk(name, shard), b"", little, size)
+            undone.pop_all()
+        return DraftBlock(
+            sha256, (*files, mask)
+        )  # only with the mask do other readers see the rows
 
     def is_whole(self, shard: int, rows: int, dtype: str) -> bool:
         chunk = self._chunk(self._array(dtype), shard)

@@ -16,8 +16,9 @@ from epalm.config import load_recipe
 from epalm.data import load_dataset
 from epalm.extract.lookup import open_features
 from epalm.store.backend import BACKENDS
-from epalm.store.column import ColumnWriter, Row
 from epalm.store.feature_set import FeatureSet, find, open_set, specs
+from epalm.store.marker import Row
+from epalm.store.writer import ColumnWriter
 
 Toy = Callable[..., Path]
 Cli = Callable[..., Result]

@@ -19,8 +19,9 @@ from epalm.extract.encoder import Encoder, build, describe
 from epalm.extract.lookup import open_features
 from epalm.extract.loop import extract
 from epalm.extract.workers import Task
-from epalm.store.column import ColumnWriter, Row
 from epalm.store.feature_set import FeatureSet, Layout
+from epalm.store.marker import Row
+from epalm.store.writer import ColumnWriter
 
 CPU = torch.device("cpu")
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
 from epalm.config import AdapterConfig, VariantConfig, load_recipe
 from epalm.data.sources import load_sources
 from epalm.errors import EpalmError
+from epalm.extract.placement import FREE_SHARE
+from epalm.extract.sources import open_sources
 from epalm.model.augmented import AugmentedLM
 from epalm.train.loss import example_losses
 from epalm.train.parts import assemble
@@ -178,7 +181,9 @@ def test_images_and_sounds_from_files_to_answers(cli: Cli, both: Recipes, tmp_pa
         assert torch.equal(resumed[name], value), name
 
 
-def test_batches_mix_sources_and_keep_their_media_apart(cli: Cli, both: Recipes) -> None:
+def test_batches_mix_sources_and_keep_their_media_apart(
+    cli: Cli, both: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = both(audio={"views": {"count": 2}}, train={"batch_size": 16})
     assert cli("extract", path).exit_code == 0
     parts = assemble(load_recipe(path))
@@ -198,6 +203,16 @@ def test_batches_mix_sources_and_keep_their_media_apart(cli: Cli, both: Recipes)
             place = row if example.source == "audio" else row - len(shown[0])
             assert torch.equal(batch.features[example.source][place], own)
     assert mixed
+
+    # in memory that holds either, but not both, is the smaller
+    features, _ = open_sources(parts.recipe)
+    size = {name: table.size() for name, table in features.tables.items()}
+    assert size["audio"] > size["main"] > 0
+    free = SimpleNamespace(available=size["audio"] / FREE_SHARE)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    features.place("auto", torch.device("cpu"))
+    placed = {name for name, table in features.tables.items() if table._placed is not None}
+    assert placed == {"main"}
 
 
 def test_mistakes(cli: Cli, both: Recipes, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import zarr
 from epalm.errors import EpalmError
 from epalm.store.atomic import read_json_lines, write_atomic
 from epalm.store.backend import BACKENDS, ShardBackend, open_backend
-from epalm.store.column import Column, ColumnWriter, Failure, Marker, Row
+from epalm.store.column import Column
 from epalm.store.feature_set import (
     Catalogue,
     CatalogueEntry,
@@ -24,7 +24,9 @@ from epalm.store.feature_set import (
     find,
     open_set,
 )
+from epalm.store.marker import Failure, Marker, Row
 from epalm.store.spec import ColumnSpec, FeatureSpec
+from epalm.store.writer import ColumnWriter
 
 SPEC = FeatureSpec(
     modality="image",
@@ -64,42 +66,44 @@ class BackendContract:
 
     def test_reads_back_what_was_written(self, backend: ShardBackend) -> None:
         first, second = rows(4), rows(2, seed=1)
-        backend.write(0, first, np.ones(4, bool))
-        backend.write(1, second, np.array([True, False]))
+        backend.draft(0, first, np.ones(4, bool)).publish()
+        backend.draft(1, second, np.array([True, False])).publish()
         assert np.array_equal(backend.map(0, 4, "float16"), first)
         assert np.array_equal(backend.map(1, 2, "float16"), second)
         assert backend.shards() == {0, 1}
 
     def test_a_block_may_be_float32(self, backend: ShardBackend) -> None:
         wide = rows(3).astype(np.float32) * 1e6
-        backend.write(0, rows(3), np.ones(3, bool))
-        backend.write(0, wide, np.ones(3, bool))
+        backend.draft(0, rows(3), np.ones(3, bool)).publish()
+        backend.draft(0, wide, np.ones(3, bool)).publish()
         assert np.array_equal(backend.map(0, 3, "float32"), wide)
         assert backend.is_whole(0, 3, "float32")
         assert not backend.is_whole(0, 3, "float16")
 
     def test_mapped_shards_are_read_only_and_aligned(self, backend: ShardBackend) -> None:
-        backend.write(0, rows(4), np.ones(4, bool))
+        backend.draft(0, rows(4), np.ones(4, bool)).publish()
         block = backend.map(0, 4, "float16")
         with pytest.raises(ValueError, match="read-only"):
             block[0] = 0
         assert block.ctypes.data % 64 == 0
 
     def test_checksum_is_of_the_rows(self, backend: ShardBackend) -> None:
-        sums = [
-            backend.write(n, rows(4, seed), np.ones(4, bool)) for n, seed in enumerate((0, 0, 1))
-        ]
+        sums = []
+        for shard, seed in enumerate((0, 0, 1)):
+            draft = backend.draft(shard, rows(4, seed), np.ones(4, bool))
+            draft.publish()
+            sums.append(draft.sha256)
         assert sums[0] == sums[1] != sums[2]
 
     def test_equal_rows_make_equal_files(self, tmp_path: Path) -> None:
         for folder in (tmp_path / "one", tmp_path / "two"):
             written = open_backend(self.name, folder, (3, 1, 5), "float16", 4)
-            written.write(0, rows(4), np.ones(4, bool))
+            written.draft(0, rows(4), np.ones(4, bool)).publish()
         assert files(tmp_path / "one") == files(tmp_path / "two")
 
     def test_whole_only_when_whole(self, backend: ShardBackend, tmp_path: Path) -> None:
         assert not backend.is_whole(0, 4, "float16")
-        backend.write(0, rows(4), np.ones(4, bool))
+        backend.draft(0, rows(4), np.ones(4, bool)).publish()
         assert backend.is_whole(0, 4, "float16")
         largest = max(files(tmp_path), key=lambda p: (tmp_path / p).stat().st_size)
         if self.name == "zarr":
@@ -108,9 +112,19 @@ class BackendContract:
             file.truncate((tmp_path / largest).stat().st_size - 1)
         assert not backend.is_whole(0, 4, "float16")
 
+    def test_a_draft_is_seen_by_nobody_and_leaves_nothing(
+        self, backend: ShardBackend, tmp_path: Path
+    ) -> None:
+        before = files(tmp_path)
+        draft = backend.draft(0, rows(4), np.ones(4, bool))
+        assert backend.shards() == set()
+        assert not backend.is_whole(0, 4, "float16")
+        draft.discard()
+        assert files(tmp_path) == before
+
     def test_a_block_without_its_files_is_gone(self, backend: ShardBackend) -> None:
-        backend.write(0, rows(4), np.ones(4, bool))
-        backend.write(1, rows(4), np.ones(4, bool))
+        backend.draft(0, rows(4), np.ones(4, bool)).publish()
+        backend.draft(1, rows(4), np.ones(4, bool)).publish()
         for path in backend.files(0):
             path.unlink()
         assert not backend.files(7)
@@ -122,9 +136,9 @@ class TestZarr(BackendContract):
     name = "zarr"
 
     def test_any_zarr_reader_opens_it(self, backend: ShardBackend, tmp_path: Path) -> None:
-        backend.write(0, rows(4), np.ones(4, bool))
-        backend.write(2, rows(3, seed=2), np.array([True, False, True]))
-        backend.write(3, rows(1).astype(np.float32), np.ones(1, bool))
+        backend.draft(0, rows(4), np.ones(4, bool)).publish()
+        backend.draft(2, rows(3, seed=2), np.array([True, False, True])).publish()
+        backend.draft(3, rows(1).astype(np.float32), np.ones(1, bool)).publish()
         group = zarr.open_group(tmp_path, mode="r")
         assert np.array_equal(group["features"][:4], rows(4))
         assert np.array_equal(group["features"][8:11], rows(3, seed=2))
@@ -136,7 +150,7 @@ class TestHDF5(BackendContract):
     name = "hdf5"
 
     def test_any_hdf5_reader_opens_it(self, backend: ShardBackend, tmp_path: Path) -> None:
-        backend.write(2, rows(3, seed=2), np.array([True, False, True]))
+        backend.draft(2, rows(3, seed=2), np.array([True, False, True])).publish()
         with h5py.File(tmp_path / "shards" / "000002.h5") as file:
             assert np.array_equal(file["features"][:], rows(3, seed=2))
             assert file["valid"][:].tolist() == [1, 0, 1]
@@ -410,7 +424,7 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
         "import resource, sys; from pathlib import Path\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 512))\n"
         "from epalm.store.feature_set import open_set\n"
-        "from epalm.store.column import Row\n"
+        "from epalm.store.marker import Row\n"
         "column = open_set(Path(sys.argv[1])).columns[0]\n"
         "print(column.gather(column.rows([Row(str(i), 0) for i in range(100)])).shape)\n"
     )
@@ -426,9 +440,11 @@ def test_a_half_written_block_is_not_valid_to_zarr_readers(
 ) -> None:
     backend = open_backend("zarr", tmp_path, (3, 1, 5), "float16", 4)
     backend.reserve(1)
-    monkeypatch.setattr("epalm.store.zarr_backend.write_rows", lambda *_: 1 / 0)
+    monkeypatch.setattr("epalm.store.zarr_backend.draft_block", lambda *_: 1 / 0)
+    before = files(tmp_path)
     with pytest.raises(ZeroDivisionError):
-        backend.write(0, rows(4), np.ones(4, bool))
+        backend.draft(0, rows(4), np.ones(4, bool))
+    assert files(tmp_path) == before
     assert not zarr.open_group(tmp_path, mode="r")["valid"][:].any()
 
 
@@ -437,7 +453,9 @@ def test_a_forked_process_can_write(tmp_path: Path) -> None:
         "import os, sys, numpy as np; from pathlib import Path\n"
         "from epalm.store.backend import open_backend\n"
         "backend = open_backend('hdf5', Path(sys.argv[1]), (1, 1, 2), 'float16', 4)\n"
-        "def put(n): backend.write(n, np.ones((4, 1, 1, 2), np.float16), np.ones(4, bool))\n"
+        "def put(n):\n"
+        "    rows = np.ones((4, 1, 1, 2), np.float16)\n"
+        "    backend.draft(n, rows, np.ones(4, bool)).publish()\n"
         "put(0)\n"
         "child = os.fork()\n"
         "if child == 0: put(1); os._exit(0)\n"

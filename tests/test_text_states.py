@@ -1,16 +1,19 @@
 """States of texts at the first injection layer, cached like features."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
 
 from epalm.config import load_recipe
 from epalm.data import load_dataset
 from epalm.errors import EpalmError
 from epalm.extract.loop import extract
-from epalm.store.maintenance import verify
+from epalm.store.feature_set import FeatureSet
+from epalm.store.maintenance import text_sets, verify
 from epalm.train import text_states
 from epalm.train.batches import TrainingBatches
 from epalm.train.loss import losses_of
@@ -106,3 +109,81 @@ def test_insisting_where_they_change_is_an_error(prepare: Callable, override: st
     parts, batches = prepare("train.text_states=always", override)
     with pytest.raises(EpalmError, match=r"train\.text_states: always, but this variant"):
         open_text_states(parts.recipe, parts.model, batches.texts)
+
+
+def test_the_cache_commands_know_them(
+    toy: Callable[..., Path],
+    cli: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(*arguments: object) -> str:
+        done = cli(*arguments)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    def train(name: str, *overrides: str) -> None:
+        sets = [f"name={name}", *LIN, "train.text_states=always", "train.steps=2", *overrides]
+        run("train", recipe, *(part for one in sets for part in ("--set", one)))
+
+    def states() -> FeatureSet:
+        (found,) = text_sets(tmp_path / "features", load_recipe(recipe).lm.weights)
+        return found
+
+    def shards() -> dict[Path, dict[int, list[str]]]:
+        found = states().columns
+        return {c.folder: {n: m.hashes for n, m in c.markers.items()} for c in found}
+
+    def rows_of(held: dict[Path, dict[int, list[str]]]) -> set[str]:
+        return {h for markers in held.values() for hashes in markers.values() for h in hashes}
+
+    recipe = toy(store={"shard_rows": 2})
+    run("extract", recipe)
+    train("one")
+    first, folder = shards(), states().folder
+    assert len(rows_of(first)) > 8
+    train("two", "text.template='Is it? {prompt}'")
+    both = shards()
+    assert len(rows_of(both)) == 2 * len(rows_of(first))
+    table = run("cache", "ls", tmp_path / "features").splitlines()
+    assert sum("text states" in line for line in table) == len(both)
+    page = run("cache", "info", folder)
+    assert "states of texts at its first injection layer" in page
+    assert f"needed by {tmp_path / 'runs' / 'two'}: " in page
+    assert f"runs/one: {sum(map(len, first.values()))} shards" in page
+
+    # broken ones are dropped, and made again by the next training, alike and in their places
+    column = states().columns[0]
+    block = max(column.backend.files(0), key=lambda path: path.stat().st_size)
+    content = block.read_bytes()
+    block.write_bytes(content[:-1])
+    assert cli("cache", "verify", folder).exit_code == 2
+    said = run("cache", "repair", recipe)
+    assert f"{folder}: 1 broken shards of text states; dropped, the next training" in said
+    assert "0 broken shards" in run("cache", "repair", recipe)
+    assert shards() != both
+    for name, *overrides in (("one",), ("two", "text.template='Is it? {prompt}'")):
+        shutil.rmtree(tmp_path / "runs" / name)
+        train(name, *overrides)
+    assert shards() == both and block.read_bytes() == content
+
+    # what no run needs any more is deleted, and nothing else
+    assert "0 files" in run("cache", "gc", folder, "--removed")
+    shutil.rmtree(tmp_path / "runs" / "two")
+    assert "0 files" in run("cache", "gc", folder)
+    planned = run("cache", "gc", folder, "--removed", "--dry-run")
+    assert shards() == both
+    assert run("cache", "gc", folder, "--removed") == planned.replace("would be", "are")
+    assert rows_of(shards()) == rows_of(first)
+    monkeypatch.setattr(text_states.TextStates, "_states", None)  # nothing is made again
+    shutil.rmtree(tmp_path / "runs" / "one")
+    train("one")
+
+    # a run's folder that cannot be seen is not one that is gone
+    (tmp_path / "runs").rename(tmp_path / "away")
+    assert "0 files" in run("cache", "gc", folder, "--removed")
+    (tmp_path / "runs").mkdir()
+    run("cache", "gc", folder, "--removed")
+    assert rows_of(shards()) == set()
+    refused = cli("cache", "gc", folder)
+    assert refused.exit_code == 2 and "has no note of the runs that need it" in refused.output

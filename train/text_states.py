@@ -2,7 +2,8 @@
 
 Where nothing below that layer is trained (eP-ALM_lin), the frozen LM's lower half makes the same
 states of a text at every step. They are kept in a feature set whose encoder is the LM's lower half,
-a row per text, a column per length; a training then runs the upper half alone.
+a row per text, a column per length; a training then runs the upper half alone. No dataset's
+catalogue speaks of them: each run notes in the set which shards it needs, for `cache gc`.
 """
 
 import hashlib
@@ -22,10 +23,14 @@ from epalm.data.grouping import chunks
 from epalm.errors import EpalmError
 from epalm.model.augmented import AugmentedLM
 from epalm.model.load import lm_digest
-from epalm.store.column import Column, ColumnWriter, Row
+from epalm.store.column import Column
 from epalm.store.feature_set import FeatureSet, Layout
 from epalm.store.maintenance import give_up, verify
+from epalm.store.marker import Row
+from epalm.store.needs import note_need
 from epalm.store.spec import ColumnSpec, FeatureSpec
+from epalm.store.writer import ColumnWriter
+from epalm.train.run import Run
 
 Text = tuple[int, ...]
 """Token ids that enter the LM."""
@@ -45,26 +50,28 @@ class TextStates:
 
     def missing(self, texts: Iterable[Text]) -> dict[int, dict[Row, Text]]:
         """By length, the texts of which not all have states."""
-        by_length: dict[int, dict[Row, Text]] = defaultdict(dict)
-        for text in texts:
-            by_length[len(text)][_row(text)] = text
         return {
             length: rows
-            for length, rows in sorted(by_length.items())
+            for length, rows in _by_length(texts).items()
             if not all(row in self._column(length) for row in rows)
         }
 
-    def fill(self, texts: Iterable[Text]) -> None:
+    def fill(self, texts: Collection[Text], run: Path) -> None:
         """Compute the states of texts that have none; safe to interrupt, shard by shard.
 
         Broken shards are made again.
+
+        Args:
+            run: folder of the run that needs them; the set keeps them for it.
         """
+        note_need(self.features, run, None)  # until it is known which
         give_up(verify(self.features, list))
         missing = self.missing(texts)
         total = sum(len(rows) for rows in missing.values())
         with tqdm(total=total, desc="text states", unit="text", disable=not total) as bar:
             for length, rows in missing.items():
                 self._fill(length, rows, bar)
+        note_need(self.features, run, self._shards(texts))
 
     def fetch(self, texts: Sequence[Text]) -> torch.Tensor:
         """(U, T, H) as stored, padded on the left with zeros; T: the longest's length."""
@@ -102,6 +109,15 @@ class TextStates:
             states = torch.cat([self._states(some) for some in chunks(wanted, AT_ONCE)])
             writer.write(claim.plan, states[:, None].numpy(), {})
             return len(wanted)
+
+    def _shards(self, texts: Iterable[Text]) -> dict[str, list[int]]:
+        """By column, the shards that texts stand in."""
+        found = {}
+        for length, rows in _by_length(texts).items():
+            column = self._column(length)
+            shards = np.unique(column.rows(list(rows)) // column.shard_rows)
+            found[column.folder.name] = shards.tolist()
+        return found
 
     @torch.inference_mode()
     def _states(self, texts: Sequence[Text]) -> torch.Tensor:
@@ -157,7 +173,7 @@ def open_text_states(
         return None
     size = place * sum(map(len, texts))
     tqdm.write(f"text states: {size / 1e6:,.1f} MB of {len(texts):,} texts in {states.folder}")
-    states.fill(texts)
+    states.fill(texts, Run.of(recipe).folder)
     return states
 
 
@@ -179,6 +195,13 @@ def text_spec(recipe: Recipe, model: AugmentedLM) -> FeatureSpec:
         preprocess={},
         dtype="float32" if compute == "float32" else "float16",
     )
+
+
+def _by_length(texts: Iterable[Text]) -> dict[int, dict[Row, Text]]:
+    found: dict[int, dict[Row, Text]] = defaultdict(dict)
+    for text in texts:
+        found[len(text)][_row(text)] = text
+    return dict(sorted(found.items()))
 
 
 def _row(text: Text) -> Row:

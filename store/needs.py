@@ -1,0 +1,62 @@
+"""Which runs need which shards of a feature set that no dataset's catalogue speaks of.
+
+An LM's text states are made by trainings, each for its own texts. Each notes in the set where they
+stand, as `cache gc` cannot know otherwise what is still wanted:
+
+    SET/runs/1a2b….json       {"run": folder of the run, "shards": {"text12": [0, 3], …}}
+
+While a training still makes them, `shards` is null: it may need any.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from epalm.store.atomic import write_atomic
+from epalm.store.column import Column
+from epalm.store.feature_set import FeatureSet
+
+
+class Need(NamedTuple):
+    """What a run needs of a set.
+
+    Attributes:
+        record: the file that says so.
+        run: the run's folder.
+        shards: by column; None: any.
+    """
+
+    record: Path
+    run: Path
+    shards: Mapping[str, Sequence[int]] | None
+
+    def among(self, column: Column) -> set[int]:
+        """The shards of a column that the run needs."""
+        if self.shards is None:
+            return set(column.markers)
+        return set(self.shards.get(column.folder.name, ()))
+
+
+def note_need(features: FeatureSet, run: Path, shards: Mapping[str, Sequence[int]] | None) -> None:
+    """Write down what a run needs, in the place of what it needed before."""
+    if not os.access(features.folder, os.W_OK):
+        return  # nor can anybody tidy it up from here
+    run = run.resolve()
+    name = hashlib.sha256(str(run).encode()).hexdigest()[:16]
+    text = json.dumps({"run": str(run), "shards": shards})
+    write_atomic(features.folder / "runs" / f"{name}.json", text)
+
+
+def needs(features: FeatureSet) -> list[Need]:
+    """What runs need of a set, by the run's folder; a record that cannot be read counts as any."""
+    found = []
+    for record in sorted((features.folder / "runs").glob("[!.]*.json")):
+        try:
+            tree = json.loads(record.read_text(encoding="utf-8"))
+            found.append(Need(record, Path(tree["run"]), tree["shards"]))
+        except (ValueError, TypeError, KeyError):
+            found.append(Need(record, record, None))
+    return sorted(found, key=lambda need: need.run)
