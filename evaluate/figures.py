@@ -41,7 +41,7 @@ def plot_training(figure: FigureBase, runs: Sequence[Metrics]) -> None:
     Args:
         runs: lines of each one's metrics.jsonl.
     """
-    scored = any("val_accuracy" in line for lines in runs for line in lines)
+    scored = any("val_score" in line for lines in runs for line in lines)
     left, *right = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
     left.set(xlabel="step", title="training loss", yscale="log")
     left.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -52,7 +52,7 @@ def plot_training(figure: FigureBase, runs: Sequence[Metrics]) -> None:
     for number, lines in enumerate(runs):
         left.plot(*_curve(lines, "loss"), **line_style(number))
         for axis in right:
-            steps, scores = _curve(lines, "val_accuracy")
+            steps, scores = _curve(lines, "val_score")
             axis.plot(steps, [100 * s for s in scores], marker="o", markersize=3.5,
                       **line_style(number))  # fmt: skip
 

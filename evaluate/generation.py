@@ -51,21 +51,22 @@ def generate_answers(
     lengths = [length_of[e.prompt] for e in examples]
     batches = evaluation_batches([e.source for e in examples], shown, lengths, decode.batch_size)
     answers = dict(partial.answers) if partial is not None else {}
-    with tqdm(total=len(examples), desc=label, unit="example", disable=place > 0) as bar:
-        for number, batch in enumerate(batches):
-            bar.update(len(batch))  # also for those that other processes do meanwhile
-            missing = [i for i in batch if i not in answers]
-            if number % places != place or not missing:
-                continue
+    mine: list[tuple[int, Sequence[int]]] = []
+    for number, batch in enumerate(batches):
+        missing = [i for i in batch if i not in answers]
+        if number % places == place and missing:
             # a draw depends on the whole batch
-            chosen = batch if decode.do_sample else missing
+            mine.append((number, batch if decode.do_sample else missing))
+    seen = [unique_rows(shown[i] for i in chosen) for _, chosen in mine]
+    ahead = [*(media for media, _ in seen[1:]), []]
+    with tqdm(total=len(examples), desc=label, unit="example", disable=place > 0) as bar:
+        for (number, chosen), (media, rows), after in zip(mine, seen, ahead, strict=False):
             start = time.perf_counter()
-            media, rows = unique_rows(shown[i] for i in chosen)
             texts = generate_texts(
                 model,
                 codec,
                 [examples[i].prompt for i in chosen],
-                features.fetch(media),
+                _fetch(features, media, after),
                 rows,
                 decode,
                 number,
@@ -74,9 +75,23 @@ def generate_answers(
             answers |= new
             if partial is not None:
                 partial.add(new, time.perf_counter() - start)
+            # with those that are answered already, and that other processes answer meanwhile
+            bar.update(min((number + 1) * decode.batch_size, len(examples)) - bar.n)
+        bar.update(len(examples) - bar.n)
     if places > 1:
         answers = dict(gather_object(list(answers.items())))
     return [answers[i] for i in range(len(examples))]
+
+
+def _fetch(
+    features: FeatureTable | SourceTables | OnlineFeatures,
+    media: Sequence[str],
+    ahead: Sequence[str],
+) -> Features:
+    """Features of media; those that are decoded when they are asked for are told what is next."""
+    if isinstance(features, OnlineFeatures):
+        return features.fetch(media, ahead=ahead)
+    return features.fetch(media)
 
 
 def generate_texts(

@@ -1,11 +1,13 @@
 """In which batches an evaluation asks its questions."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from epalm.data.grouping import chunks
+from epalm.train.order import alike
 
-# by which prompts in a group differ at most, as a share of the longest: of lengths like VQA v2's
-# and ten prompt tokens, 0.2 costs least, with 6% padding and 2.4 questions to a prefix
+# of lengths in a group, see `alike`: with prompts like VQA v2's and ten prompt tokens, 0.2 costs
+# least, with 6% padding and 2.4 questions to a prefix
 SPREAD = 0.2
 
 
@@ -24,15 +26,9 @@ def evaluation_batches(
         media: shown with each example.
         lengths: tokens of each prompt.
     """
-    groups: list[list[int]] = []
-    places = range(len(media))
-    for place in sorted(places, key=lambda i: (sources[i], media[i], -lengths[i])):
-        if groups:
-            longest = groups[-1][0]
-            alike = (sources[longest], media[longest]) == (sources[place], media[place])
-            if alike and lengths[longest] - lengths[place] <= SPREAD * lengths[longest]:
-                groups[-1].append(place)
-                continue
-        groups.append([place])
+    by_media: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for place in sorted(range(len(media)), key=lambda i: (sources[i], media[i], -lengths[i])):
+        by_media[sources[place], media[place]].append(place)
+    groups = [group for own in by_media.values() for group in alike(own, lengths, SPREAD)]
     groups.sort(key=lambda group: (sources[group[0]], -lengths[group[0]], -lengths[group[-1]]))
     return [list(some) for some in chunks([place for g in groups for place in g], batch_size)]

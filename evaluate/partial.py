@@ -10,6 +10,7 @@ import torch
 
 from epalm.config import Recipe
 from epalm.data.example import Example
+from epalm.model.augmented import AugmentedLM
 from epalm.model.load import lm_digest
 from epalm.model.weights import trained_weights
 from epalm.store.atomic import read_json_lines
@@ -65,7 +66,7 @@ def discard_partial(folder: Path) -> None:
 def binding_of(
     recipe: Recipe,
     features: str,
-    trained: torch.nn.ModuleDict,
+    model: AugmentedLM,
     examples: Sequence[Example],
     shown: Sequence[str],
 ) -> str:
@@ -75,13 +76,15 @@ def binding_of(
 
     Args:
         features: what made them, in canonical form.
-        trained: the trained weights.
+        model: its trained weights and the number format of its LM, which `lm.dtype: auto` leaves to
+            the device.
         shown: media id shown with each example.
     """
     decode = recipe.decode.model_dump(exclude=None if recipe.decode.do_sample else {"batch_size"})
     asked = [(e.id, e.prompt, media) for e, media in zip(examples, shown, strict=True)]
     tree: dict[str, Any] = {
-        "lm": recipe.lm.model_dump(exclude={"device_map"}),
+        "lm": recipe.lm.weights,
+        "lm_dtype": str(model.dtype),
         "lm_digest": lm_digest(recipe.lm.weights),
         "text": recipe.text.model_dump(),
         "variant": recipe.variant.model_dump(),
@@ -90,7 +93,7 @@ def binding_of(
         "asked": asked,
     }
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode())
-    for name, value in sorted(trained_weights(trained).items()):
+    for name, value in sorted(trained_weights(model.trained).items()):
         digest.update(name.encode())
         # as bytes, since NumPy knows no bfloat16
         plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

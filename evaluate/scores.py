@@ -8,16 +8,14 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+
 from epalm.config import Recipe
 from epalm.data.example import SPLITS, Dataset, Example
 from epalm.errors import EpalmError
 from epalm.evaluate.by_source import control_media, majority_answers, metrics_of
 from epalm.evaluate.generation import generate_answers
-from epalm.evaluate.metrics import (
-    accuracy,
-    accuracy_by_type,
-    is_match,
-)
+from epalm.evaluate.metrics import accuracy, accuracy_by_type, is_match
 from epalm.evaluate.metrics.scored import Metric, Scores
 from epalm.evaluate.metrics.summary import summarise
 from epalm.evaluate.partial import PartialAnswers, binding_of, discard_partial
@@ -81,13 +79,22 @@ def evaluate(run: Run, parts: Parts) -> dict[str, Any]:
 def validate(parts: Parts) -> float:
     """The recipe's first metric on its validation examples (convention 30); 0 where none counts.
 
-    Of several sources, the mean over those that have such examples.
+    Of several sources, the mean over those that have such examples. Several processes share the
+    examples; the main one scores the answers of all, and all return its number: they must agree on
+    which checkpoint is best and when patience ends.
     """
     recipe = parts.recipe
     examples = choose_examples(
         parts.dataset.split("val"), recipe.train.val_examples, recipe.data_seed
     )
     answers = _answers(parts, examples, None, "validate")
+    main = parts.accelerator.is_main_process
+    score = _validation_score(parts, answers, examples) if main else None
+    return float(broadcast_object_list([score])[0])
+
+
+def _validation_score(parts: Parts, answers: Sequence[str], examples: Sequence[Example]) -> float:
+    recipe = parts.recipe
     first = [next(iter(own.values())) for own in metrics_of(recipe, parts.dataset).values()]
     scores = [metric(answers, examples) for metric in first]
     values = [each.value for each in scores if each.n]
@@ -134,9 +141,7 @@ def _timed_answers(
 ) -> list[str]:
     """Answers, those that an interrupted evaluation has left among them."""
     shown = [e.media if media_of is None else media_of[e.media] for e in examples]
-    binding = binding_of(
-        run.recipe, parts.features.spec.canonical(), parts.model.trained, examples, shown
-    )
+    binding = binding_of(run.recipe, parts.features.spec.canonical(), parts.model, examples, shown)
     place, places = parts.accelerator.process_index, parts.accelerator.num_processes
     partial = PartialAnswers(run.folder, label, binding, place, places)
     before, start = partial.seconds, time.perf_counter()

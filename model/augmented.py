@@ -36,6 +36,8 @@ from epalm.model.soft_prompt import SoftPrompt
 from epalm.model.text import Equal
 from epalm.model.variant import make_adapters, make_connection, make_prompt, trains_lm
 
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
     """A frozen LM with its trained parts in `trained`; nothing else is ever saved.
@@ -434,9 +436,6 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
                     hidden, past_key_values=cache, use_cache=cache is not None, **call
                 )
         return hidden
-
-
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,9 @@
     python launcher.py FOLDER < jobs.json
 
 It preloads the libraries and forks, so that a job costs what the work costs. A job is
-`{"arguments": [...], "fails": RANK or null, "spare": bool}`; what process r of job n writes is in
-FOLDER/n/r.txt, and the exit codes of its processes are printed as one JSON list per job.
+`{"arguments": [...]}`, with "fails": RANK, "never_scores": RANK or "spare": true where processes
+are to be changed; what process r of job n writes is in FOLDER/n/r.txt, and the exit codes of its
+processes are printed as one JSON list per job.
 """
 
 import json
@@ -15,11 +16,12 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
+import epalm.evaluate.scores
 from epalm.errors import EpalmError
 from epalm.model.connection import Connection
 from epalm.train.batches import Batch, TrainingBatches
@@ -51,6 +53,15 @@ def fail_at(step: int) -> None:
     TrainingBatches.piece = failing
 
 
+def never_score() -> None:
+    """Let this process fail where it scores a validation."""
+
+    def failing(*_: object) -> NoReturn:
+        raise AssertionError("only the main process scores")
+
+    epalm.evaluate.scores._validation_score = failing
+
+
 def work(job: dict[str, Any], rank: int, port: int, output: Path) -> None:
     """Be process `rank` of a job; does not return."""
     os.environ |= {
@@ -72,6 +83,8 @@ def work(job: dict[str, Any], rank: int, port: int, output: Path) -> None:
             with_spare_part()
         if job.get("fails") == rank:
             fail_at(2)
+        if job.get("never_scores") == rank:
+            never_score()
         main(job["arguments"])
     except SystemExit as end:
         code = int(end.code or 0)
@@ -114,7 +127,6 @@ if __name__ == "__main__":
     import zarr  # noqa: F401
 
     import epalm.evaluate.figures
-    import epalm.evaluate.scores
     import epalm.extract.image
     import epalm.train.loop  # noqa: F401
 

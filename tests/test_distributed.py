@@ -92,8 +92,10 @@ def test_two_processes_do_what_one_does(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole, cut, failing, device, spread = launch(
+    stuck = ("--set", "train.lr=1e-9", "--set", "train.val_every=1", "--set", "train.patience=2")
+    whole, patient, cut, failing, device, spread = launch(
         {"arguments": arguments("run", recipe, "two", "--set", "train.accumulate=2")},
+        {"arguments": arguments("train", recipe, "patient", *stuck), "never_scores": 1},
         {"arguments": arguments("train", recipe, "cut", "--max-steps", "3"), "spare": True},
         {"arguments": arguments("train", recipe, "failing"), "fails": 1},
         {"arguments": arguments("train", recipe, "device", "--set", "device=cuda:1")},
@@ -115,6 +117,11 @@ def test_two_processes_do_what_one_does(
     assert "accuracy" not in whole.output[1] and "step/s" not in whole.output[1]
     files = [sorted(p.name for p in (runs / name).iterdir()) for name in ("one", "two")]
     assert files[0] == files[1]
+
+    # the main one scores for all, and all lose patience at the same step
+    assert patient.codes == [0, 0], patient.output
+    assert "step 3: no better score in 2 validations" in patient.output[0]
+    assert "best at step 1" in patient.output[0]
 
     # a mistake in one process ends the other, also without torchrun's watching over both
     assert failing.codes[1] == 2 and failing.codes[0] not in (0, -9), failing

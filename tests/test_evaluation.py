@@ -133,14 +133,15 @@ def test_an_interrupted_control_leaves_the_answers(
 
 
 def test_another_evaluation_starts_anew(parts: Parts) -> None:
-    """Other weights, examples, decoding; but the batch size of greedy answers does not matter."""
+    """Other weights, number format of the LM, examples, decoding; but the batch size of greedy
+    answers does not matter."""
     examples, shown = parts.dataset.examples, [e.media for e in parts.dataset.examples]
 
     def binding(examples: Sequence = examples, **changes: object) -> str:
         recipe = parts.recipe.model_copy(
             update={"decode": parts.recipe.decode.model_copy(update=changes)}
         )
-        return binding_of(recipe, "features", parts.model.trained, examples, shown)
+        return binding_of(recipe, "features", parts.model, examples, shown)
 
     first = binding()
     same = {first, binding(batch_size=2)}
@@ -149,8 +150,12 @@ def test_another_evaluation_starts_anew(parts: Parts) -> None:
     with torch.no_grad():
         next(parts.model.trained.parameters())[0] += 1
     others.add(binding())
-    assert (len(same), len(drawn), len(others)) == (1, 2, 3)
-    assert len(same | drawn | others) == 6
+    parts.model.lm.to(torch.bfloat16)  # as `lm.dtype: auto` would on another device
+    others.add(binding())
+    parts.model.lm.to(torch.float16)
+    others.add(binding())
+    assert (len(same), len(drawn), len(others)) == (1, 2, 5)
+    assert len(same | drawn | others) == 8
 
 
 def test_processes_see_what_all_have_answered(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from epalm.model.adapters import Adapters
 from epalm.model.augmented import AugmentedLM
 from epalm.model.connection import Connection
 from epalm.model.families import family_of
-from epalm.model.import_official import from_official, our_name
 from epalm.model.injection import InjectionPlan
 from epalm.model.masks import joint_mask
+from epalm.model.official import from_official, our_name
 from epalm.model.soft_prompt import SoftPrompt
 from epalm.train.loss import example_losses
 

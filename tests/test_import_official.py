@@ -18,7 +18,7 @@ from epalm.config import load_recipe
 from epalm.errors import EpalmError
 from epalm.extract.encoder import describe
 from epalm.model.augmented import AugmentedLM
-from epalm.model.import_official import read_official
+from epalm.model.official import read_official
 from epalm.train.checkpoint import load_weights
 from epalm.train.parts import build_model
 from epalm.train.run import Run

@@ -23,6 +23,8 @@ from transformers import (
 from epalm.config import load_recipe
 from epalm.data import load_dataset
 from epalm.errors import EpalmError
+from epalm.evaluate import generation
+from epalm.evaluate.generation import generate_answers
 from epalm.evaluate.predict import Predictor
 from epalm.evaluate.scores import validate
 from epalm.extract.loop import extract
@@ -231,6 +233,47 @@ def test_each_piece_is_decoded_once_ahead_of_its_step(
     monkeypatch.setattr(OnlineFeatures, "encode", encoded)
     fit(Run.create(parts.recipe), parts, None)
     assert events == ["decode", *["decode", "encode"] * 5, "encode"]
+
+
+def test_evaluation_decodes_what_comes_next_while_it_encodes_and_answers(
+    online: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = online("train.batch_size=2", "encoder.batch_size=2")  # at most 2 media are decoded
+    table, examples = table_of(parts), parts.dataset.examples
+    one_by_one = {m: table.fetch([m])[0] for m in parts.dataset.media}
+    submit, encode, answer = table._pool.submit, OnlineFeatures._encode, generation.generate_texts
+    events: list[str] = []
+    shown: list[torch.Tensor] = []
+
+    def submitted(tasks: Sequence[Task]) -> Decoding:
+        events.append("decode")
+        return submit(tasks)
+
+    def encoded(self: OnlineFeatures, inputs: torch.Tensor) -> torch.Tensor:
+        events.append("encode")
+        return encode(self, inputs)
+
+    def answered(model: Any, codec: Any, prompts: Any, features: torch.Tensor, *rest: Any) -> Any:
+        events.append("answer")
+        shown.append(features)
+        return answer(model, codec, prompts, features, *rest)
+
+    monkeypatch.setattr(table._pool, "submit", submitted)
+    monkeypatch.setattr(OnlineFeatures, "_encode", encoded)
+    monkeypatch.setattr(generation, "generate_texts", answered)
+    per_media = [next(e for e in examples if e.media == m) for m in parts.dataset.media]
+    for size, pieces, batches in ((1, 1, 12), (64, 6, 1)):
+        events.clear()
+        shown.clear()
+        decode = parts.recipe.decode.model_copy(update={"batch_size": size})
+        answers = generate_answers(parts.model, parts.codec, table, per_media, decode)
+        assert len(answers) == 12
+        each = [*["decode", "encode"] * (pieces - 1), "decode", "encode", "answer"]
+        assert events == ["decode", *(each * batches)[:-3], "encode", "answer"]
+        found = {tuple(f.flatten().round(decimals=3).tolist()) for f in torch.cat(shown)}
+        assert len(found) == 12
+        for features in torch.cat(shown):
+            assert any(torch.allclose(features, own, **NOISE) for own in one_by_one.values())
 
 
 def save_encoder(kind: str, folder: Path) -> None:

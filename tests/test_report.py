@@ -83,7 +83,7 @@ def evaluated(prepare: Callable[..., Parts]) -> tuple[Run, Parts]:
     run = Run.create(parts.recipe)
     run.metrics.write_text(
         "".join(json.dumps({"step": n, "loss": 9.0 / n}) + "\n" for n in range(1, 9))
-        + json.dumps({"step": 8, "val_accuracy": 0.25})
+        + json.dumps({"step": 8, "val_score": 0.25})
     )
     evaluate(run, parts)
     return run, parts

@@ -87,7 +87,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 def lines(run: Run) -> list[tuple[int, float]]:
     kept = [{**line} for line in run.read_metrics()]
-    return [(line["step"], line.get("loss", line.get("val_accuracy"))) for line in kept]
+    return [(line["step"], line.get("loss", line.get("val_score"))) for line in kept]
 
 
 def same(run: Run, other: Run) -> None:

@@ -88,7 +88,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(
         whole, cut = (runs / n / "checkpoints" / f"{name}.safetensors" for n in ("whole", "cut"))
         assert whole.read_bytes() == cut.read_bytes(), name
     whole, cut = (
-        [(line["step"], line.get("loss"), line.get("val_accuracy")) for line in lines]
+        [(line["step"], line.get("loss"), line.get("val_score")) for line in lines]
         for lines in (read_json_lines(runs / n / "metrics.jsonl") for n in ("whole", "cut"))
     )
     assert whole == cut

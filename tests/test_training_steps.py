@@ -158,7 +158,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     for name in ("last", "best"):
         files = [runs / run / "checkpoints" / f"{name}.safetensors" for run in ("whole", "cut")]
         assert files[0].read_bytes() == files[1].read_bytes(), name
-    kept = ("step", "loss", "lr", "val_accuracy")
+    kept = ("step", "loss", "lr", "val_score")
     whole, cut = (
         [
             {k: line[k] for k in kept if k in line}

@@ -10,9 +10,9 @@ from epalm.config import Recipe
 from epalm.errors import EpalmError, NotHereError
 from epalm.extract.encoder import describe
 from epalm.model.augmented import AugmentedLM
-from epalm.model.import_official import from_official, read_official, variant_of
 from epalm.model.injection import InjectionPlan
 from epalm.model.load import lm_without_weights
+from epalm.model.official import from_official, read_official, variant_of
 from epalm.train.checkpoint import Progress, save_weights
 from epalm.train.run import Run
 

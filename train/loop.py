@@ -152,8 +152,8 @@ class Training:
         progress = self.progress
         with self.clock.running("validate"):
             score = self.validate(self.parts)
-        self.log.write(progress.step, {"val_accuracy": score})
-        self.log.say(f"step {progress.step}: val accuracy {score:.1%}")
+        self.log.write(progress.step, {"val_score": score})
+        self.log.say(f"step {progress.step}: validation score x 100 {100 * score:.1f}")
         progress.stale += 1
         if score > progress.best_score:
             progress.best_score, progress.best_step, progress.stale = score, progress.step, 0

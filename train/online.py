@@ -76,12 +76,30 @@ class OnlineFeatures:
         return self.views
 
     @torch.no_grad()
-    def fetch(self, media: Sequence[str], views: Sequence[int] | None = None) -> torch.Tensor:
+    def fetch(
+        self,
+        media: Sequence[str],
+        views: Sequence[int] | None = None,
+        ahead: Sequence[str] = (),
+    ) -> torch.Tensor:
         """(M, n, D), or (M, n, t, D) where t > 1 tokens of a layer are kept; float32, no gradients.
 
-        Arguments as for `FeatureTable.fetch`, errors as for `inputs`.
+        While one piece is encoded the next is decoded. Errors as for `inputs`.
+
+        Args:
+            media, views: as for `FeatureTable.fetch`.
+            ahead: media whose view 0 will be asked for next; their decoding begins.
         """
-        return self._encode(self.inputs(media, views or [0] * len(media)))
+        keys = list(zip(media, views or [0] * len(media), strict=True))
+        pieces = list(chunks(keys, self._largest))
+        following = [*pieces[1:], [(m, 0) for m in ahead[: self._largest]]]
+        found = []
+        for piece, after in zip(pieces, following, strict=True):
+            inputs = self._decoded(piece)
+            if after:
+                self._begin(after)
+            found.append(self._encode(inputs))
+        return torch.cat(found)
 
     def prepare(self, media: Sequence[str], views: Sequence[int]) -> None:
         """Begin to decode what the next call of `inputs` will ask for; returns at once."""

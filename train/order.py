@@ -2,12 +2,12 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from epalm.data.grouping import chunks
 
 POOL = 64  # batches among which groups are sorted by length
-SPREAD = 0.1  # by which lengths in a group differ at most, as a share of the longest
+SPREAD = 0.1  # of lengths in a group, see `alike`
 
 
 def order_of_epoch(
@@ -40,10 +40,32 @@ def order_of_epoch(
     return [index for batch in batches for index in batch]
 
 
+def alike(
+    indices: Iterable[int], lengths: Sequence[int], spread: float, most: int | None = None
+) -> list[list[int]]:
+    """Consecutive groups of about the same length.
+
+    Args:
+        indices: of texts, by length; the longest first or last.
+        lengths: of all texts.
+        spread: by which lengths in a group differ at most, as a share of the longest.
+        most: texts in a group; None: any number.
+    """
+    groups: list[list[int]] = []
+    for index in indices:
+        if groups and len(groups[-1]) != most:
+            shorter, longer = sorted((lengths[groups[-1][0]], lengths[index]))
+            if longer - shorter <= spread * longer:
+                groups[-1].append(index)
+                continue
+        groups.append([index])
+    return groups
+
+
 def _groups(
     media: Sequence[str], lengths: Sequence[int], most: int, draw: random.Random
 ) -> list[list[int]]:
-    """At most so many examples about one media each, of like length."""
+    """At most so many examples about one media each, about as long."""
     by_media: dict[str, list[int]] = defaultdict(list)
     for index, name in enumerate(media):
         by_media[name].append(index)
@@ -51,13 +73,7 @@ def _groups(
     for indices in by_media.values():
         draw.shuffle(indices)
         indices.sort(key=lengths.__getitem__)
-        group: list[int] = []
-        for index in indices:
-            differs = group and lengths[index] - lengths[group[0]] > SPREAD * lengths[index]
-            if not group or len(group) == most or differs:
-                group = []
-                groups.append(group)
-            group.append(index)
+        groups += alike(indices, lengths, SPREAD, most)
     return groups
 
 

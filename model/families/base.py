@@ -10,7 +10,10 @@ from transformers import PreTrainedModel
 class LMFamily(Protocol):
     """Where the parts of a Hugging Face causal LM are. The LM itself is never changed.
 
-    A new family is one file and one row of FAMILIES.
+    A new family is one file and one row of FAMILIES. Each of `layers` is called with states
+    (B, S, H), `attention_mask`, `past_key_values`, `use_cache` and what `layer_arguments` gives,
+    and returns states; one that names them otherwise is wrapped (`gpt_neox.py`). The LM's config
+    must know `num_hidden_layers`, `hidden_size`, `vocab_size` and `max_position_embeddings`.
     """
 
     layers: nn.ModuleList
@@ -19,7 +22,7 @@ class LMFamily(Protocol):
     prompt_width: int
     """Width of the word embeddings, E, in which the soft prompt lives."""
     prefix_takes_places: bool
-    """Perceptual and prompt tokens take positions from the text."""
+    """Perceptual and prompt tokens take positions from the text: its room is smaller by them."""
 
     def __init__(self, lm: PreTrainedModel): ...
 
@@ -43,9 +46,9 @@ class LMFamily(Protocol):
 
         Args:
             hidden: the states, for dtype and device.
-            prefix_places: (S - T,) place of each prefix state in [perceptual token | prompt].
+            prefix_places: (S - T,) place of each prefix state in [perceptual tokens | prompt].
             text_positions: (B, T) as in `embed_text`; T may be 0.
-            prefix_length: 1 + P, the places that come before the text.
+            prefix_length: t + P, the places that come before the text.
         """
         ...
 

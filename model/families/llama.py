@@ -1,8 +1,9 @@
 """Llama-like LMs: rotary positions.
 
-Only distances count there, so the text may start anywhere: perceptual token and prompt take the
-places 0 to P before it, in their order, and the text follows at P + 1. Distances within the text
-are what they would be without them. Below the first injection layer place 0 stays empty.
+Only distances count there, so the text may start anywhere: t perceptual tokens and P prompt tokens
+take the places before it, in their order from 0, and the text follows at t + P. Distances within
+the text are what they would be without them. Below the first injection layer the first t places are
+empty.
 """
 
 from typing import Any
