@@ -189,10 +189,12 @@ def run(recipe: Path, overrides: tuple[str, ...], overwrite: bool, max_steps: in
     from epalm.config import load_recipe
     from epalm.data.sources import load_sources
     from epalm.evaluate.scores import evaluation_examples, evaluation_metrics
+    from epalm.train.check import check_training
 
     loaded = load_recipe(recipe, overrides)
     dataset = load_sources(loaded)
-    evaluation_examples(loaded, dataset)  # before hours are spent
+    check_training(loaded, dataset)  # before hours are spent
+    evaluation_examples(loaded, dataset)
     evaluation_metrics(loaded, dataset)
     stages.join(loaded)
     stages.extract(loaded)

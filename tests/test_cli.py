@@ -208,6 +208,35 @@ def test_evaluation_split_is_checked_first(cli: Cli, toy: Toy, tmp_path: Path) -
     assert not (tmp_path / "features").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lm.weights=/nowhere", ["/nowhere", "no such file or folder"]),
+        ("variant.inject_start=99", ["variant.inject_start"]),
+        ("decode.max_new_tokens=5000", ["decode.max_new_tokens: 5000 after a prompt"]),
+        ("train.batch_size=5000", ["train.batch_size: 5000 wanted"]),
+    ],
+)
+def test_training_is_checked_first(
+    cli: Cli, toy: Toy, tmp_path: Path, override: str, words: list[str]
+) -> None:
+    refused(cli("run", toy(), "--set", override), *words)
+    assert not (tmp_path / "features").exists()
+
+
+def test_prompts_are_checked_first(cli: Cli, toy: Toy, tmp_path: Path, opt_folder: Path) -> None:
+    lm = tmp_path / "lm"  # without a token that begins every text
+    shutil.copytree(opt_folder, lm)
+    tokenizer = json.loads((lm / "tokenizer.json").read_text())
+    (lm / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}))
+    recipe = toy(lm={"weights": str(lm)}, text={"template": "{prompt}"})
+    line = {"id": "caption", "media": "images/0.png", "captions": ["a circle"], "split": "train"}
+    with (tmp_path / "toy.jsonl").open("a") as data:
+        data.write(json.dumps(line) + "\n")
+    refused(cli("run", recipe), "text.template: gives no token for an empty prompt")
+    assert not (tmp_path / "features").exists()
+
+
 def test_show_before_evaluation(cli: Cli, toy: Toy, tmp_path: Path) -> None:
     recipe = toy()
     cli("extract", recipe)

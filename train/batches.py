@@ -63,6 +63,15 @@ class Size(NamedTuple):
     labels: int
 
 
+def check_examples(examples: Sequence[Example], recipe: Recipe) -> None:
+    """EpalmError when there are fewer examples than a batch needs."""
+    if len(examples) < recipe.train.batch_size:
+        raise EpalmError(
+            f"train.batch_size: {recipe.train.batch_size} wanted, the dataset has only "
+            f"{len(examples)} training examples"
+        )
+
+
 class TrainingBatches:
     """Batches by step number, from 0; whole, or cut into equal pieces.
 
@@ -78,11 +87,7 @@ class TrainingBatches:
         device: torch.device,
     ):
         """EpalmError when there are fewer examples than a batch needs, or a prompt is too long."""
-        if len(examples) < recipe.train.batch_size:
-            raise EpalmError(
-                f"train.batch_size: {recipe.train.batch_size} wanted, the dataset has only "
-                f"{len(examples)} training examples"
-            )
+        check_examples(examples, recipe)
         self.examples, self.features, self.codec = examples, features, codec
         self.online = features if isinstance(features, OnlineFeatures) else None
         self.config, self.seed, self.device = recipe.train, recipe.seed, device

@@ -38,8 +38,7 @@ class Parts:
     @property
     def room(self) -> Room:
         """Places for text in the LM."""
-        all_tokens = self.recipe.encoder.tokens == "all"
-        return self.model.room(self.features.spec.tokens if all_tokens else 1)
+        return room_of(self.recipe, self.model, self.features.spec)
 
     @property
     def trained_parameters(self) -> int:
@@ -79,9 +78,19 @@ def assemble(recipe: Recipe) -> Parts:
             device = model.device
         features.place(recipe.store.placement, device)
     parts = Parts(recipe, device, dataset, features, codec, model, accelerator)
-    answered = [e.prompt for e in dataset.examples if e.split in ("val", recipe.evaluate.split)]
-    parts.room.check_prompts(codec, answered, recipe.decode.max_new_tokens)
+    check_prompts(recipe, dataset, parts.room, codec)
     return parts
+
+
+def room_of(recipe: Recipe, model: AugmentedLM, spec: FeatureSpec | JointSpec) -> Room:
+    """Places for text in the LM behind the recipe's perceptual tokens."""
+    return model.room(spec.tokens if recipe.encoder.tokens == "all" else 1)
+
+
+def check_prompts(recipe: Recipe, dataset: Dataset, room: Room, codec: TextCodec) -> None:
+    """EpalmError when a prompt that will be answered has no room."""
+    answered = [e.prompt for e in dataset.examples if e.split in ("val", recipe.evaluate.split)]
+    room.check_prompts(codec, answered, recipe.decode.max_new_tokens)
 
 
 def build_model(

@@ -1,0 +1,29 @@
+"""What would stop a training, found before features are extracted."""
+
+from epalm.config import Recipe
+from epalm.data.example import Dataset
+from epalm.extract.encoder import describe
+from epalm.model.augmented import AugmentedLM
+from epalm.model.load import lm_without_weights, load_tokenizer
+from epalm.model.text import TextCodec
+from epalm.store.spec import FeatureSpec, JointSpec
+from epalm.train.batches import check_examples
+from epalm.train.parts import check_prompts, room_of
+
+
+def check_training(recipe: Recipe, dataset: Dataset) -> None:
+    """Put the recipe's model together without the LM's weights, and look at its prompts.
+
+    Raises:
+        EpalmError: there are too few examples; LM, tokenizer or encoder cannot be had; the variant
+            does not fit them; a prompt has no token or no room.
+    """
+    check_examples(dataset.split("train"), recipe)
+    specs = {name: describe(alone) for name, alone in recipe.sources().items()}
+    spec: FeatureSpec | JointSpec = JointSpec(specs) if recipe.also else next(iter(specs.values()))
+    lm = lm_without_weights(recipe.lm.weights)
+    rows = lm.get_input_embeddings().weight.shape[0]
+    codec = TextCodec(load_tokenizer(recipe.lm.weights, recipe.text, rows), recipe.text)
+    model = AugmentedLM.from_config(lm, recipe.variant, spec.layers, spec.dim)
+    codec.prompt(min((example.prompt for example in dataset.examples), key=len))
+    check_prompts(recipe, dataset, room_of(recipe, model, spec), codec)
