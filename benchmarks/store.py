@@ -12,11 +12,12 @@ random      Batches of 64 rows drawn uniformly, with repetition, the same batche
             hash is printed on a line of its own (`+ look-up`).
 last 6      The same with the last 6 of the 12 layers, which training takes by default.
 sequential  All rows in order, 512 at a time, into one array allocated before: (rows, 12, 1, 768).
-write       All rows to disk, flushed when the clock stops. Ours is `ColumnWriter.write`, shard by
-            shard: range check, file, SHA-256, fsync, rename, marker with its own fsync and
-            rename. It is given float16 rows; the line `from float32` is the same with the float32
-            rows that the extraction has, so conversion included. Planning the shards is not in it,
-            and is printed. A file copy is `shutil.copyfile` of the one memmap file, in the page
+write       All rows to disk, flushed when the clock stops. Ours is the `Publisher` that extraction
+            has, shard by shard: range check, file, SHA-256, fsync, rename, marker with its own
+            fsync and rename, and the clock stops when all is published. It is given float16 rows;
+            the line `from float32` is the same with the float32 rows that the extraction has, so
+            conversion included. Planning and claiming the shards is not in it; the former is
+            printed. A file copy is `shutil.copyfile` of the one memmap file, in the page
             cache, and one fsync; beside it as many files as there are shards, each with its fsync.
             The best of the rounds counts, each beginning with nothing left to flush.
 
@@ -38,6 +39,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,9 +51,12 @@ import zarr
 from numpy.typing import NDArray
 
 from epalm.store.backend import BACKENDS
-from epalm.store.column import Column, ColumnWriter, Row
+from epalm.store.column import Column
 from epalm.store.feature_set import FeatureSet, Layout
+from epalm.store.marker import Row
+from epalm.store.publisher import Publisher
 from epalm.store.spec import ColumnSpec, FeatureSpec
+from epalm.store.writer import ColumnWriter
 
 LAYERS, DIM, BATCH, BLOCK, SHARD_ROWS = 12, 768, 64, 512, 512
 LAST = slice(6, 12)
@@ -65,34 +70,45 @@ Array = NDArray[Any]
 Rates = dict[str, list[float]]  # rows per second, round by round, by contender
 
 
-class Contender:
+class Contender(ABC):
     """One way to keep the rows. It reads what `write` left in its folder."""
 
     name: str
 
+    @abstractmethod
     def write(self, folder: Path, rows: Array) -> None:
-        raise NotImplementedError
+        """Put all rows on disk."""
 
+    @abstractmethod
     def open(self, folder: Path, rows: Array) -> None:
-        raise NotImplementedError
+        """Get ready to read them; `rows` are for their shape."""
 
+    @abstractmethod
     def random(self, numbers: Array) -> Array:
-        raise NotImplementedError
+        """The rows of these numbers, in this order."""
 
+    @abstractmethod
     def last(self, numbers: Array) -> Array | None:
-        """The last 6 layers only; None: not measured."""
-        return None
+        """The last 6 layers of them; None: it cannot read less than a row."""
 
+    @abstractmethod
     def sequential(self, out: Array) -> None:
         """All rows in order into `out`."""
+
+
+class BlockReader(Contender):
+    """Reads in order by blocks."""
+
+    def sequential(self, out: Array) -> None:
         for begin in range(0, len(out), BLOCK):
             self.block(begin, min(begin + BLOCK, len(out)), out)
 
+    @abstractmethod
     def block(self, begin: int, end: int, out: Array) -> None:
-        raise NotImplementedError
+        """Rows `begin` to `end` into their places in `out`."""
 
 
-class Ours(Contender):
+class Ours(BlockReader):
     """The feature store, with one of its backends."""
 
     def __init__(self, backend: str):
@@ -124,7 +140,7 @@ class Ours(Contender):
         self.column.gather(np.arange(begin, end), out=out[begin:end])
 
 
-class Memmap(Contender):
+class Memmap(BlockReader):
     """One file, indexed."""
 
     name = "numpy memmap"
@@ -161,7 +177,7 @@ class MemmapTake(Memmap):
         return None  # would read all layers first
 
 
-class ZarrDefault(Contender):
+class ZarrDefault(BlockReader):
     """zarr-python with nothing said about chunks and compression."""
 
     name = "zarr, default chunks"
@@ -199,7 +215,7 @@ class ZarrSharded(ZarrDefault):
     }
 
 
-class Tensorstore(Contender):
+class Tensorstore(BlockReader):
     """TensorStore on the files of the sharded zarr array."""
 
     name = "tensorstore, sharded zarr"
@@ -223,7 +239,7 @@ class Tensorstore(Contender):
         out[begin:end] = self.rows[begin:end].read().result()
 
 
-class H5Contiguous(Contender):
+class H5Contiguous(BlockReader):
     """h5py, contiguous; h5py wants ascending numbers without repetition."""
 
     name = "h5py, contiguous"
@@ -275,6 +291,9 @@ class Lance(Contender):
 
     def random(self, numbers: Array) -> Array:
         return self._array(self.rows.take(numbers)["rows"].combine_chunks())
+
+    def last(self, numbers: Array) -> None:
+        return None
 
     def sequential(self, out: Array) -> None:
         begin = 0
@@ -491,24 +510,20 @@ def _turns(names: list[str], rounds: int) -> Iterator[str]:
 def _write_ours(
     folder: Path, backend: str, rows: Array, planning: list[float], dtype: type = np.float16
 ) -> float:
-    """Write all rows into a new feature set; seconds that `ColumnWriter.write` took."""
+    """Write all rows into a new feature set; seconds that the `Publisher` took."""
     column = _column(folder, backend)
     writer = ColumnWriter(column)
     start = time.perf_counter()
     pending = writer.plan([Row(h, 0) for h in _hashes(len(rows))])
     planning[0] = time.perf_counter() - start
-    position = 0
-    seconds = 0.0
-    for shard, length in pending.items():
-        claim = writer.claim(shard)
-        assert claim is not None
-        some = rows[position : position + length].astype(dtype)
-        start = time.perf_counter()
-        writer.write(claim.plan, some, {})
-        seconds += time.perf_counter() - start
-        claim.stream.close()
-        position += length
-    return seconds
+    claims = [claim for claim in map(writer.claim, pending) if claim is not None]
+    pieces = np.split(rows, range(SHARD_ROWS, len(rows), SHARD_ROWS))
+    pieces = [some.astype(dtype, copy=False) for some in pieces]
+    start = time.perf_counter()
+    with Publisher(writer) as publisher:
+        for claim, some in zip(claims, pieces, strict=True):
+            publisher.write(claim, some, {})
+    return time.perf_counter() - start
 
 
 def _column(root: Path, backend: str) -> Column:

@@ -17,6 +17,8 @@ last             in the last layer, keys and values alone where no token is pred
                  the step that `train` takes
 states           and text states at the first injection layer from their cache, as `train` has them
                  for variants that train nothing below
+halves           the step of `last` with `train.accumulate: 2`: in two pieces, for the memory's sake
+three, together  the step of `last` for three runs at once, per run, as `sweep --together 3` has it
 
 bound            the matrix products that the sample-dependent work needs, back to back on the same
                  weights: text tokens in all layers, one token per media from the first injection
@@ -25,9 +27,10 @@ bound            the matrix products that the sample-dependent work needs, back 
                  `states` there is a bound of its own, without the lower layers.
 
 Steps take turns within a repeat, so that all see the same machine; medians count. Peak memory is
-measured in a process of its own, without the interpreter and its libraries, weights included. Data
-wait is the time that drawing a batch takes, as a share of the step. The encoders of video and audio
-are measured on one batch, since they take minutes.
+measured in a process of its own, without the interpreter and its libraries, weights included; that
+of the step alone leaves out weights and optimiser, too. Data wait is the time that drawing a batch
+takes, as a share of the step. The encoders of video and audio are measured on one batch, since they
+take minutes.
 """
 
 import argparse
@@ -60,14 +63,17 @@ from epalm.device import choose_device, choose_dtype
 from epalm.extract.encoder import Encoder, build, describe
 from epalm.extract.lookup import FeatureTable
 from epalm.model.augmented import AugmentedLM
+from epalm.model.shared import SharedLM
 from epalm.model.text import TextCodec
-from epalm.store.column import ColumnWriter, Row
 from epalm.store.feature_set import Catalogue, CatalogueEntry, FeatureSet, Layout
+from epalm.store.marker import Row
 from epalm.store.spec import ColumnSpec
+from epalm.store.writer import ColumnWriter
 from epalm.train.batches import Batch, TrainingBatches
 from epalm.train.loss import losses_of
 from epalm.train.optimiser import make_optimiser, set_learning_rates
 from epalm.train.text_states import open_text_states
+from epalm.train.together import join
 
 WORDS = 500
 MEDIA = 512
@@ -179,6 +185,8 @@ class Steps:
             "graph": lambda: self._step(self._naive(logits_at_labels=True, graph=False)),
             "prefix": lambda: self._step(self._whole_last_layer),
             "last": lambda: self._step(self._shared),
+            "halves": self._step_in_halves,
+            "three, together": self._step_of_three,
         }
         if self.model.lower_is_frozen:
             self.with_states = world.batches(case)
@@ -193,6 +201,38 @@ class Steps:
         for step in range(count):
             self.batches[self.number + step]
         return (time.perf_counter() - start) / count
+
+    @cached_property
+    def _three(self) -> tuple[SharedLM, torch.optim.AdamW]:
+        models = [self.model, *(self.world.model(self.case) for _ in range(2))]
+        shared = SharedLM(models)
+        return shared, make_optimiser(shared, self.config)
+
+    def _step_in_halves(self) -> torch.Tensor:
+        set_learning_rates(self.optimiser, self.number, self.config)
+        self.optimiser.zero_grad(set_to_none=True)
+        labels = self.batches.size(self.number).labels
+        total = torch.zeros((), device=self.world.device)
+        for index in range(2):
+            sums, _ = losses_of(self.model, self.batches.piece(self.number, index, 2))
+            loss = sums.sum() / labels
+            loss.backward()
+            total += loss.detach()
+        self.optimiser.step()
+        self.number += 1
+        return total
+
+    def _step_of_three(self) -> torch.Tensor:
+        shared, optimiser = self._three
+        set_learning_rates(optimiser, self.number, self.config)
+        optimiser.zero_grad(set_to_none=True)
+        batch = join([self.batches[self.number + run] for run in range(3)])
+        sums, counts = losses_of(shared, batch)
+        loss = 3 * sums.sum() / counts.sum()
+        loss.backward()
+        optimiser.step()
+        self.number += 3
+        return loss.detach() / 3
 
     def _step(
         self,
@@ -333,11 +373,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", help="of the LM")
-    parser.add_argument("--peak", choices=["naive", "last"], help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=["naive", "last", "halves"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="epalm-step-") as name:
         if options.peak:
-            print(_peak(Path(name), options))
+            print(json.dumps(_peak(Path(name), options)))
             return
         print(machine.describe(Path(name), ["torch", "transformers", "timm"]))
         world = World(Path(name), options)
@@ -369,7 +409,8 @@ def _measure(world: World, case: Case, options: argparse.Namespace) -> dict[str,
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             if repeat:  # the first warms up
-                seconds[name].append(time.perf_counter() - start)
+                runs = 3 if name == "three, together" else 1
+                seconds[name].append((time.perf_counter() - start) / runs)
     found = {name: statistics.median(each) for name, each in seconds.items()}
     found["data"] = steps.data_seconds()
     print(f"{case}")
@@ -384,21 +425,32 @@ def _measure(world: World, case: Case, options: argparse.Namespace) -> dict[str,
 def _summary(
     world: World, options: argparse.Namespace, result: dict[str, Any], case: dict[str, float]
 ) -> dict[str, Any]:
-    """The last line, of eP-ALM in batches of 64 with four questions about each image."""
-    step = case["last"]
+    """The last line, of eP-ALM in batches of 64 with four questions about each image.
+
+    What ends in `_lin` is of eP-ALM_lin in these shapes, with text states from their cache.
+    """
+    step, lin = case["last"], result[str(Case("lin", 64, 4))]
     encoders = {m: _encoder_seconds(world, m) for m in ("video", "audio")}
-    peaks = {name: _peak_of(name, options) for name in ("naive", "last")}
-    print(f"peak memory, batch 64: naive {peaks['naive']:.0f} MB, ours {peaks['last']:.0f} MB")
+    peaks = {name: _peak_of(name, options) for name in ("naive", "last", "halves")}
+    for name, peak in peaks.items():
+        print(f"peak memory, batch 64, {name}: {peak.whole:.0f} MB, {peak.step:.0f} of the step")
     for modality, seconds in encoders.items():
         print(f"{modality} encoder: {seconds:.2f} s a media")
-    in_loop = {m: 64 * s + case["naive"] for m, s in encoders.items()}
+    summary = {
+        "step_over_bound": step / case["bound"],
+        "step_over_bound_halves": case["halves"] / case["bound"],
+        "data_wait_share": case["data"] / step,
+        "peak_memory_ratio": peaks["last"].whole / peaks["naive"].whole,
+        "peak_memory_ratio_halves": peaks["halves"].whole / peaks["naive"].whole,
+        "peak_memory_ratio_of_step": peaks["last"].step / peaks["naive"].step,
+        "speedup_three_together": step / case["three, together"],
+    }
+    for name, of, ours in (("", case, step), ("_lin", lin, lin["states"])):
+        in_loop = {m: 64 * s + of["naive"] for m, s in encoders.items()}
+        for modality, seconds in {"image": of["encoder in loop"], **in_loop}.items():
+            summary[f"speedup_{modality}{name}"] = seconds / ours
     return {
-        "step_over_bound": round(step / case["bound"], 3),
-        "speedup_image": round(case["encoder in loop"] / step, 1),
-        "speedup_video": round(in_loop["video"] / step, 1),
-        "speedup_audio": round(in_loop["audio"] / step, 1),
-        "data_wait_share": round(case["data"] / step, 4),
-        "peak_memory_ratio": round(peaks["last"] / peaks["naive"], 3),
+        **{key: round(value, 4) for key, value in summary.items()},
         "seconds": {
             name: {k: round(v, 4) for k, v in found.items()} for name, found in result.items()
         },
@@ -419,16 +471,23 @@ def _encoder_seconds(world: World, modality: str) -> float:
     return (time.perf_counter() - start) / 2
 
 
-def _peak_of(step: str, options: argparse.Namespace) -> float:
-    """MB that a step at batch 64 needs at its peak, measured in a process of its own."""
+class Peak(NamedTuple):
+    """MB: of all but the interpreter and its libraries, and of a step beyond what stays."""
+
+    whole: float
+    step: float
+
+
+def _peak_of(step: str, options: argparse.Namespace) -> Peak:
+    """What a step at batch 64 needs at its peak, measured in a process of its own."""
     command = [sys.executable, __file__, "--peak", step, "--device", options.device, "--dtype",
                options.dtype, *(["--small"] if options.small else [])]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.splitlines()[-1])
+    return Peak(*json.loads(done.stdout.splitlines()[-1]))
 
 
-def _peak(folder: Path, options: argparse.Namespace) -> float:
-    """Peak of this process, without what it had before the models; MB."""
+def _peak(folder: Path, options: argparse.Namespace) -> Peak:
+    """That of the step `options.peak`, in this process."""
     before = psutil.Process().memory_info().rss
     world = World(folder, options)
     steps = Steps(world, Case("epalm", 64, 4))
@@ -439,8 +498,13 @@ def _peak(folder: Path, options: argparse.Namespace) -> float:
     for _ in range(2):
         steps.by_name[options.peak]()
     if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    return (_peak_rss() - before) / 1e6
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = _peak_rss() - before
+    parameters = [*steps.model.parameters()]
+    trained = [p for p in parameters if p.requires_grad]
+    stays = sum(p.nbytes for p in parameters) + 2 * sum(p.nbytes for p in trained)
+    return Peak(peak / 1e6, (peak - stays) / 1e6)
 
 
 def _peak_rss() -> int:
