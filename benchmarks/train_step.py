@@ -203,10 +203,9 @@ class Steps:
         return (time.perf_counter() - start) / count
 
     @cached_property
-    def _three(self) -> tuple[SharedLM, torch.optim.AdamW]:
-        models = [self.model, *(self.world.model(self.case) for _ in range(2))]
-        shared = SharedLM(models)
-        return shared, make_optimiser(shared, self.config)
+    def _three(self) -> tuple[SharedLM, list[torch.optim.AdamW]]:
+        models = [self.world.model(self.case) for _ in range(3)]
+        return SharedLM(models), [make_optimiser(model, self.config) for model in models]
 
     def _step_in_halves(self) -> torch.Tensor:
         set_learning_rates(self.optimiser, self.number, self.config)
@@ -223,14 +222,16 @@ class Steps:
         return total
 
     def _step_of_three(self) -> torch.Tensor:
-        shared, optimiser = self._three
-        set_learning_rates(optimiser, self.number, self.config)
-        optimiser.zero_grad(set_to_none=True)
+        shared, optimisers = self._three
+        for optimiser in optimisers:
+            set_learning_rates(optimiser, self.number, self.config)
+            optimiser.zero_grad(set_to_none=True)
         batch = join([self.batches[self.number + run] for run in range(3)])
         sums, counts = losses_of(shared, batch)
         loss = 3 * sums.sum() / counts.sum()
         loss.backward()
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
         self.number += 3
         return loss.detach() / 3
 
