@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,6 @@ from epalm.evaluate.generation import generate_answers
 from epalm.evaluate.predict import Predictor
 from epalm.evaluate.scores import validate
 from epalm.extract.loop import extract
-from epalm.extract.workers import Batch as Decoding
-from epalm.extract.workers import Task
 from epalm.model.augmented import AugmentedLM
 from epalm.store.atomic import read_json_lines
 from epalm.train.batches import Batch, TrainingBatches
@@ -214,23 +212,26 @@ def test_a_trained_encoder_is_saved_resumed_and_used(
         AugmentedLM.from_pretrained(tmp_path / "exported", device="cpu")
 
 
+def note_calls(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, events: list[str], event: str
+) -> None:
+    """Add the event whenever the owner's function is called."""
+    function = getattr(owner, name)
+
+    def noted(*arguments: Any) -> Any:
+        events.append(event)
+        return function(*arguments)
+
+    monkeypatch.setattr(owner, name, noted)
+
+
 def test_each_piece_is_decoded_once_ahead_of_its_step(
     online: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = online("train.accumulate=2", "train.steps=3")
-    pool, events = table_of(parts)._pool, []
-    submit, encode = pool.submit, OnlineFeatures.encode
-
-    def submitted(tasks: Sequence[Task]) -> Decoding:
-        events.append("decode")
-        return submit(tasks)
-
-    def encoded(self: OnlineFeatures, inputs: torch.Tensor) -> torch.Tensor:
-        events.append("encode")
-        return encode(self, inputs)
-
-    monkeypatch.setattr(pool, "submit", submitted)
-    monkeypatch.setattr(OnlineFeatures, "encode", encoded)
+    events: list[str] = []
+    note_calls(monkeypatch, table_of(parts)._pool, "submit", events, "decode")
+    note_calls(monkeypatch, OnlineFeatures, "encode", events, "encode")
     fit(Run.create(parts.recipe), parts, None)
     assert events == ["decode", *["decode", "encode"] * 5, "encode"]
 
@@ -241,25 +242,17 @@ def test_evaluation_decodes_what_comes_next_while_it_encodes_and_answers(
     parts = online("train.batch_size=2", "encoder.batch_size=2")  # at most 2 media are decoded
     table, examples = table_of(parts), parts.dataset.examples
     one_by_one = {m: table.fetch([m])[0] for m in parts.dataset.media}
-    submit, encode, answer = table._pool.submit, OnlineFeatures._encode, generation.generate_texts
+    answer = generation.generate_texts
     events: list[str] = []
     shown: list[torch.Tensor] = []
-
-    def submitted(tasks: Sequence[Task]) -> Decoding:
-        events.append("decode")
-        return submit(tasks)
-
-    def encoded(self: OnlineFeatures, inputs: torch.Tensor) -> torch.Tensor:
-        events.append("encode")
-        return encode(self, inputs)
 
     def answered(model: Any, codec: Any, prompts: Any, features: torch.Tensor, *rest: Any) -> Any:
         events.append("answer")
         shown.append(features)
         return answer(model, codec, prompts, features, *rest)
 
-    monkeypatch.setattr(table._pool, "submit", submitted)
-    monkeypatch.setattr(OnlineFeatures, "_encode", encoded)
+    note_calls(monkeypatch, table._pool, "submit", events, "decode")
+    note_calls(monkeypatch, OnlineFeatures, "_encode", events, "encode")
     monkeypatch.setattr(generation, "generate_texts", answered)
     per_media = [next(e for e in examples if e.media == m) for m in parts.dataset.media]
     for size, pieces, batches in ((1, 1, 12), (64, 6, 1)):
