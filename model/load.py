@@ -32,12 +32,11 @@ def load_lm(config: LMConfig, device: torch.device, trained: bool = False) -> Pr
         trained: it will be trained, or has been: `auto` is float32 then.
     """
     folder = model_folder(config.weights)
-    dtype = choose_dtype("float32" if trained and config.dtype == "auto" else config.dtype, device)
     logging.disable_progress_bar()
     try:
         lm = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=lm_dtype(config, device, trained),
             attn_implementation="sdpa",  # our masks are boolean, eager attention would add them
             local_files_only=True,
             device_map=config.device_map,
@@ -49,6 +48,11 @@ def load_lm(config: LMConfig, device: torch.device, trained: bool = False) -> Pr
     check_room(lm)
     return_outputs(lm)
     return lm.eval()
+
+
+def lm_dtype(config: LMConfig, device: torch.device, trained: bool) -> torch.dtype:
+    """Number format of the LM on the device; `trained` as in `load_lm`."""
+    return choose_dtype("float32" if trained and config.dtype == "auto" else config.dtype, device)
 
 
 def load_tokenizer(address: str, text: TextConfig, vocabulary_rows: int) -> PreTrainedTokenizerBase:

@@ -1,6 +1,7 @@
 """The trained parts that a recipe's variant asks for, freshly initialised."""
 
 from collections.abc import Mapping
+from math import nan
 
 import torch
 from torch import nn
@@ -81,8 +82,11 @@ def trains_lm(variant: VariantConfig, lm: PreTrainedModel) -> bool:
 def word_norm(lm: PreTrainedModel) -> float:
     """Mean length of the LM's words as they enter layer 0, each as the first of its text.
 
-    Over all rows of the embedding, those that no token uses included.
+    Over all rows of the embedding, those that no token uses included. Not a number where the LM
+    has shapes alone.
     """
+    if lm.device.type == "meta":
+        return nan
     family = family_of(lm)
     rows = lm.get_input_embeddings().weight.shape[0]
     total = 0.0

@@ -17,6 +17,7 @@ from epalm.store.marker import Failure, Marker
 from epalm.store.writer import Claim, ColumnWriter, DraftShard
 
 MOST_WAITING = 4
+"""Shards that are written and not yet published, at most; they take no memory of ours."""
 
 
 class _Written(NamedTuple):
@@ -28,8 +29,8 @@ class Publisher:
     """Writes claimed shards, publishes them in a thread, and ends their claims; use it in a `with`.
 
     Leaving waits until all is published, also after an error: what was written is kept. An error of
-    the thread is raised by the next `write`, or on leaving. The column does not know of the shards
-    before `Column.refresh`.
+    the thread is raised by the next `write`, or on leaving; shards that it could not publish stay
+    planned and claimed. The column does not know of the shards before `Column.refresh`.
     """
 
     def __init__(self, writer: ColumnWriter):

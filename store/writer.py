@@ -134,7 +134,7 @@ class ColumnWriter:
 
     def draft(
         self, plan: Plan, rows: NDArray[np.float32], failed: dict[str, Failure]
-    ) -> "DraftShard":
+    ) -> DraftShard:
         """The first half of `write`: bytes beside their place, on their way to the disk."""
         column = self.column
         dtype = column.spec.dtype if _fits(rows, column.spec.dtype) else "float32"
@@ -148,7 +148,7 @@ class ColumnWriter:
             undone.pop_all()
         return DraftShard(marker, block, file)
 
-    def publish(self, shards: Sequence["DraftShard"]) -> None:
+    def publish(self, shards: Sequence[DraftShard]) -> None:
         """The second half of `write`, for several: all blocks flushed, then their markers.
 
         A flush makes the file system put down what it has of all files, so that for each further

@@ -45,15 +45,13 @@ class ZarrBackend:
         told = np.zeros(self.block_shape[0], np.uint8)
         told[: len(rows)] = valid * (1 if name == "features" else 2)
         with ExitStack() as undone:
-            # not flushed: markers say the same
+            # published last, as readers go by it; not flushed, as markers say the same
             mask = undone.enter_context(Draft(self._mask(shard), flush=False))
             mask.write(told.tobytes())
             size = self._size(rows.dtype.name)
             sha256, files = draft_block(self._chunk(name, shard), b"", little, size)
             undone.pop_all()
-        return DraftBlock(
-            sha256, (*files, mask)
-        )  # only with the mask do other readers see the rows
+        return DraftBlock(sha256, (*files, mask))
 
     def is_whole(self, shard: int, rows: int, dtype: str) -> bool:
         chunk = self._chunk(self._array(dtype), shard)

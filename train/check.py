@@ -2,9 +2,10 @@
 
 from epalm.config import Recipe
 from epalm.data.example import Dataset
+from epalm.device import choose_device
 from epalm.extract.encoder import describe
 from epalm.model.augmented import AugmentedLM
-from epalm.model.load import lm_without_weights, load_tokenizer
+from epalm.model.load import lm_dtype, lm_without_weights, load_tokenizer
 from epalm.model.text import TextCodec
 from epalm.store.spec import FeatureSpec, JointSpec
 from epalm.train.batches import check_examples
@@ -21,7 +22,8 @@ def check_training(recipe: Recipe, dataset: Dataset) -> None:
     check_examples(dataset.split("train"), recipe)
     specs = {name: describe(alone) for name, alone in recipe.sources().items()}
     spec: FeatureSpec | JointSpec = JointSpec(specs) if recipe.also else next(iter(specs.values()))
-    lm = lm_without_weights(recipe.lm.weights)
+    dtype = lm_dtype(recipe.lm, choose_device(recipe.device), recipe.variant.train_lm)
+    lm = lm_without_weights(recipe.lm.weights).to(dtype)
     rows = lm.get_input_embeddings().weight.shape[0]
     codec = TextCodec(load_tokenizer(recipe.lm.weights, recipe.text, rows), recipe.text)
     model = AugmentedLM.from_config(lm, recipe.variant, spec.layers, spec.dim)
