@@ -25,6 +25,7 @@ OPEN_ARCHIVES = 64  # per process, well below the usual limit of open files
 LINKS = 8  # links to links that are followed
 SUFFIXES = (".zip", ".tar")
 
+# what zipfile raises for a damaged member; NotImplementedError: of a packing it does not know
 _DAMAGED = (
     KeyError, RuntimeError, NotImplementedError, EOFError, struct.error, zipfile.BadZipFile,
     zlib.error,
