@@ -50,7 +50,7 @@ class SharedFeatures(NamedTuple):
 class SharedLM(AugmentedLM):
     """Runs of one variant on one LM; `trained` holds the trained parts of each.
 
-    Its `states` and `_prefix` take the features of several runs, and no others; hence the overrides.
+    Its `states` and `_prefix` take the features of several runs alone; hence the overrides.
 
     Args:
         models: of the runs, all with the same LM and with the causal mask.
