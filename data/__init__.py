@@ -78,6 +78,12 @@ def select(dataset: Dataset, recipe: Recipe) -> Dataset:
     if config.val_from_train:
         if dataset.split("val"):
             raise EpalmError("data.val_from_train: the dataset has a val split; set it to 0")
+        there = len({example.media for example in dataset.split("train")})
+        if 0 < there <= config.val_from_train:
+            raise EpalmError(
+                f"data.val_from_train: {config.val_from_train} media wanted of {there} training "
+                "media, which leaves none; make it smaller"
+            )
         dataset = dataset.hold_out(config.val_from_train, recipe.data_seed)
     dataset = dataset.limit(config.limits.model_dump(), recipe.data_seed)
     return _few_shot(dataset, config.few_shot, recipe.data_seed)

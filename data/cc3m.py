@@ -17,9 +17,11 @@ import json
 import posixpath
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from epalm.config import DataConfig
 from epalm.data.annotations import Record, files_by_split, read_table
+from epalm.data.archive_index import found_once
 from epalm.data.collect import Collector
 from epalm.data.example import Counts, Dataset
 from epalm.data.media import Media, MediaRoot, expand
@@ -34,6 +36,9 @@ PUBLISHED = {
 SHARD_ROWS = 10000  # img2dataset's default
 IMAGES = ("jpg", "jpeg", "png", "webp")
 """Extensions of the members of a sample that are taken for its image."""
+
+Samples = dict[str, dict[str, Media]]
+"""Of a shard's samples, by key, the members by their extensions."""
 
 
 def load(config: DataConfig) -> Dataset:
@@ -66,30 +71,50 @@ def _load_shards(config: DataConfig) -> Dataset:
         where = root.absent[0] if root.absent else ", ".join(lists.values())
         raise EpalmError(f"data.files: {where}: no such shards; captions are read from them")
     split_of = {path: split for split, words in lists.items() for path, _ in expand(words)}
-    samples: dict[str, dict[str, Media]] = defaultdict(dict)
+    shards: dict[Path, Samples] = defaultdict(lambda: defaultdict(dict))
     for identifier, media in root.members.items():
         place, name = posixpath.split(identifier)
         key, _, extension = name.partition(".")
-        samples[f"{place}/{key}"][extension.lower()] = media
+        shards[media.path][f"{place}/{key}"][extension.lower()] = media
     collector = Collector(config, "cc3m", root=root)
-    for key, parts in samples.items():
-        archive = next(iter(parts.values())).path
-        image = next((parts[e].id for e in IMAGES if e in parts), f"{key}.jpg")
-        record = _caption(archive, key, parts)
-        caption = record.text("caption")
-        collector.add(record, key, {"media": image}, "", [caption], split_of[archive])
+    for archive, samples in shards.items():
+        for (key, parts), caption in zip(samples.items(), _captions(archive, samples), strict=True):
+            image = next((parts[e].id for e in IMAGES if e in parts), f"{key}.jpg")
+            record = Record({}, archive, _place(key))
+            collector.add(record, key, {"media": image}, "", [caption], split_of[archive])
     return collector.dataset()
 
 
-def _caption(archive: Path, key: str, parts: dict[str, Media]) -> Record:
-    """The record that holds a sample's caption; EpalmError when it cannot be read."""
-    place = f"sample {posixpath.basename(key)}"
+def _captions(archive: Path, samples: Samples) -> list[str]:
+    """The caption of each sample of a shard, in order; EpalmError when one cannot be read."""
+
+    def whole(tree: Any) -> list[str]:
+        texts = [text for text in tree if isinstance(text, str)]
+        if len(texts) != len(samples):
+            raise ValueError("not the captions of these samples")
+        return texts
+
+    return found_once(
+        archive,
+        "captions",
+        lambda: [_caption(archive, key, parts) for key, parts in samples.items()],
+        whole,
+    )
+
+
+def _caption(archive: Path, key: str, parts: dict[str, Media]) -> str:
+    place = _place(key)
     try:
         if "txt" in parts:
-            return Record({"caption": parts["txt"].read().decode()}, archive, place)
-        fields = json.loads(parts["json"].read()) if "json" in parts else {}
+            fields = {"caption": parts["txt"].read().decode()}
+        else:
+            fields = json.loads(parts["json"].read()) if "json" in parts else {}
     except (OSError, ValueError) as error:
         raise EpalmError(f"{archive}, {place}: its caption cannot be read ({error})") from None
     if not isinstance(fields, dict):
         raise EpalmError(f"{archive}, {place}: its .json member must hold an object")
-    return Record(fields, archive, place)
+    return Record(fields, archive, place).text("caption")
+
+
+def _place(key: str) -> str:
+    return f"sample {posixpath.basename(key)}"

@@ -23,6 +23,7 @@ class Report:
         chosen: what the recipe uses of it.
         published: counts of the official files, by split, where they are known.
         skip: the recipe leaves out media that cannot be used.
+        unusable: their ids.
         stops: what would stop extraction, training or evaluation.
         warnings: what would not.
     """
@@ -31,6 +32,7 @@ class Report:
     chosen: Dataset
     published: dict[str, Counts]
     skip: bool
+    unusable: set[str] = field(default_factory=set)
     stops: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -43,6 +45,7 @@ class Report:
         """
         if not bad:
             return
+        self.unusable |= bad.keys()
         words = f"{len(bad):,} {what}: {_names(bad.values())}"
         if self.skip or not bad.keys() & self.chosen.media.keys():
             self.warnings.append(words)
@@ -95,13 +98,12 @@ def check(recipe: Recipe, hashes: bool, whole: bool = True) -> Report:
     published = module.published(recipe.data) if hasattr(module, "published") else {}
     report = Report(dataset, select(dataset, recipe), published, recipe.data.bad_media == "skip")
     _compare_counts(report)
-    if whole:
-        _look_at_splits(report, recipe)
     _look_for_media(report)
     _look_at_texts(report)
     _look_for_leaks(report)
     if hashes:
         _look_at_content(report)
+    _look_at_splits(report, recipe, whole)
     return report
 
 
@@ -116,15 +118,32 @@ def _compare_counts(report: Report) -> None:
             )
 
 
-def _look_at_splits(report: Report, recipe: Recipe) -> None:
-    training, wanted = len(report.chosen.split("train")), recipe.train.batch_size
-    if training < wanted:
+def _look_at_splits(report: Report, recipe: Recipe, whole: bool) -> None:
+    """What is left to train and evaluate on, once unusable media are left out."""
+    gone = report.unusable if report.skip else set()
+    left = report.chosen.without_media(gone)
+    if not left.examples:
         report.stops.append(
-            f"training: train.batch_size is {wanted}, there are {training} training examples"
+            f"extraction: of {len(report.chosen.media):,} media none can be used; is "
+            "data.media_root the right one?"
         )
-    split = recipe.evaluate.split
-    if not report.chosen.split(split):
-        report.stops.append(f"evaluation: evaluate.split is {split}, which has no examples")
+    elif whole:
+        usable = " with usable media" if gone else ""
+        training, wanted = len(left.split("train")), recipe.train.batch_size
+        if not report.dataset.split("train"):
+            report.warnings.append(
+                "there is no train split: this is for runs trained on other data (evaluate --on)"
+            )
+        elif training < wanted:
+            report.stops.append(
+                f"training: train.batch_size is {wanted}, there are {training} training examples"
+                + usable
+            )
+        split = recipe.evaluate.split
+        if not left.split(split):
+            report.stops.append(
+                f"evaluation: evaluate.split is {split}, which has no examples{usable}"
+            )
 
 
 def _look_for_media(report: Report) -> None:

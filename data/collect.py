@@ -1,5 +1,6 @@
 """From records to a dataset: what all readers check alike."""
 
+import posixpath
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -51,6 +52,7 @@ class Collector:
         kind: str = "",
         types: dict[str, str] | None = None,
         entails: Iterable[str] = (),
+        unanswered: bool = False,
     ) -> None:
         """One more example.
 
@@ -64,6 +66,7 @@ class Collector:
             kind: Example's type.
             types: as in Example.
             entails: as in Example.
+            unanswered: that there is no reference is no mistake: whatever is predicted is wrong.
 
         Raises:
             EpalmError: an id that was there before, no reference, or an unusable media path.
@@ -72,13 +75,13 @@ class Collector:
             raise record.error(f"id {identifier!r} stands in an earlier record too")
         # the same few words are the answers to many questions
         texts = tuple(sys.intern(text) for text in references)
-        if not any(texts):
+        if not unanswered and not any(texts):
             raise record.error("has no answer or caption that is not empty")
         name = self._file_name(media)
         if name not in self._media:
             if problem := problem_with_id(name):
                 raise record.error(f"media {name!r} {problem}")
-            self._media[name] = self.root.find(Path(name).as_posix())
+            self._media[name] = self.root.find(posixpath.normpath(name))
         self._examples[identifier] = Example(
             identifier,
             self._media[name].id,

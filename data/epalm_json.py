@@ -7,8 +7,11 @@
     {"caption": text or list of texts, "video" or "audio": file name}
 
 Answers are drawn in training by their score (convention 18); the references hold each as often as
-its score has tenths. VQA v2 is better read with `kind: vqa2`, `splits: karpathy`, which knows the
-ten answers. Several records about one media with captions become one example.
+its score has tenths. Of questions whose label has no score, nothing is learnt (the official code
+would teach to answer nothing), and every prediction about them is wrong. VQA v2 is better read with
+`kind: vqa2`, `splits: karpathy`, which knows the ten answers. Several records about one media with
+captions become one example. Ids begin with the split, as the official code keeps splits apart and
+nothing says that they share no id.
 
 `data.media_name` may name {media}: the file name, or for COCO's images their folder and name.
 """
@@ -46,16 +49,20 @@ def load(config: DataConfig) -> Dataset:
 
 
 def _add_question(collector: Collector, record: Record, split: str) -> None:
+    answers = _answers(record.record("label"))
+    if split == "train" and not answers:
+        return
     has_types = "question_type" in record
     collector.add(
         record,
-        record.identifier("question_id"),
+        f"{split}/{record.identifier('question_id')}",
         {"media": _media(record)},
         record.text("sent" if "sent" in record else "question"),
-        _answers(record.record("label")),
+        answers,
         split,
         record.text("answer_type") if "answer_type" in record else "",
         {"question_type": record.text("question_type")} if has_types else {},
+        unanswered=not answers,
     )
 
 

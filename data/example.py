@@ -27,8 +27,8 @@ class Example:
         id: unique within the dataset.
         media: id of the media it asks about.
         prompt: the question, or empty for captioning.
-        references: reference answers or captions, at least one; a text that several annotators
-            gave stands there as often, so that training draws it as often.
+        references: reference answers or captions, at least one to learn from; a text that several
+            annotators gave stands there as often, so that training draws it as often.
         split: train, val or test.
         type: question type that scores are broken down by; empty: none.
         types: further types to break scores down by, by name, such as question_type.

@@ -61,7 +61,7 @@ def read_choices(path: Path, questions: Iterable[str]) -> dict[str, Choices]:
     found = {}
     for identifier in questions:
         record = records.record(identifier)
-        valid, plausible = record.texts("valid"), record.texts("plausible")
+        valid, plausible = record.identifiers("valid"), record.identifiers("plausible")
         found[identifier] = Choices(tuple(valid), tuple(plausible))
     return found
 

@@ -34,7 +34,8 @@ def load(config: DataConfig) -> Dataset:
     """
     path = Path(config.path).expanduser()
     if not path.is_file():
-        raise EpalmError(f"data.path: {path}: no such annotation file")
+        what = "a folder, not an annotation file" if path.is_dir() else "no such annotation file"
+        raise EpalmError(f"data.path: {path}: {what}")
     collector = Collector(config, path.stem)
     for record in _cells(path) if config.kind == "csv" else _lines(path):
         _add(collector, record)
@@ -49,7 +50,9 @@ def _lines(path: Path) -> Iterator[Record]:
             place = f"line {number}"
             try:
                 fields = json.loads(line)
-            except (ValueError, RecursionError) as error:  # also undecodable bytes
+            except UnicodeDecodeError as error:
+                raise EpalmError(f"{path}, {place}: not UTF-8 ({error}); save it as that") from None
+            except (ValueError, RecursionError) as error:
                 raise EpalmError(f"{path}, {place}: not valid JSON ({error})") from None
             if not isinstance(fields, dict):
                 raise EpalmError(

@@ -50,7 +50,8 @@ def majority_answers(training: Sequence[Example]) -> dict[str, str]:
 def _metrics(recipe: Recipe, examples: Sequence[Example]) -> dict[str, Metric]:
     config = recipe.evaluate
     training = [e for e in examples if e.split == "train"]
-    setting = Setting(training, config.official, recipe.data, config.split)
+    scored = [e for e in examples if e.split in ("val", config.split)]
+    setting = Setting(training, scored, config.official, recipe.data, config.split)
     names = config.metrics
     if names is None:
         names = default_metrics(examples, setting)

@@ -25,6 +25,21 @@ def is_scored(run: Run) -> bool:
     return read_scores(run).get("evaluate") == run.recipe.evaluate.model_dump(mode="json")
 
 
+def named(runs: Sequence[Run]) -> list[str]:
+    """What to call runs beside each other: by name, or by folder where two have the same name."""
+    names = [run.recipe.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+
+
+def unlike(names: Sequence[str], scores: Sequence[dict[str, Any]]) -> str:
+    """A line that says where runs are not scored on as many examples of a split; else nothing."""
+    about = [f"{each['examples']:,} {each['split']} examples" for each in scores]
+    if len(set(about)) == 1:
+        return ""
+    pairs = (f"{name} on {words}" for name, words in zip(names, about, strict=True))
+    return f"not on the same examples: {', '.join(pairs)}"
+
+
 def compare(runs: Sequence[tuple[Mapping[str, str], dict[str, Any]]]) -> str:
     """A table of scores, a line for runs of the same labels: mean and standard deviation.
 

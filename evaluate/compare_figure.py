@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure, SubFigure
 
 from epalm.errors import EpalmError
-from epalm.evaluate.compare import read_scores
+from epalm.evaluate.compare import named, read_scores
 from epalm.evaluate.figures import as_svg, line_style, plot_training, settings
 from epalm.evaluate.report_scores import Line, lines_of
 from epalm.evaluate.report_style import page, text
@@ -31,7 +31,7 @@ def draw(runs: Sequence[Run], tables: Sequence[str], path: Path) -> None:
             figure.savefig(path, dpi=150)
             return
         svg = as_svg(figure, "compare")
-    names = ", ".join(run.recipe.name for run in runs)
+    names = ", ".join(named(runs))
     body = [f"<h1>{text(names, 200)}</h1>", f"<figure class=plot>{svg}</figure>"]
     body += [f"<pre class=table>{text(table)}</pre>" for table in tables]
     write_atomic(path, page(names, body))
@@ -43,7 +43,7 @@ def _figure(runs: Sequence[Run]) -> Figure:
     high = 1.2 + len(names) * max(0.3, 0.12 * len(runs))
     figure = Figure(figsize=(9.2, high + 3.0), layout="constrained")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[high, 3.0])[:, 0]
-    _plot_scores(top, [run.recipe.name for run in runs], lines, names)
+    _plot_scores(top, named(runs), lines, names)
     plot_training(bottom, [run.read_metrics() for run in runs])
     return figure
 

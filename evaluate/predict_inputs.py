@@ -1,12 +1,15 @@
-"""What `predict` is asked: one file, all files of a folder, or the lines of a file."""
+"""What `predict` is asked: one file, all files of a folder, or lines of a file or of the input."""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 from epalm.errors import EpalmError
+
+STDIN = Path("-")
 
 
 class Asked(NamedTuple):
@@ -26,20 +29,21 @@ def asked(path: Path, prompts: Sequence[str]) -> list[Asked]:
 
     Args:
         path: a media file; a folder, of whose files none is passed over but hidden ones; or a
-            `.jsonl` file with a `media` path, relative to it, and a `prompt` in each line.
-        prompts: asked about each media; of a `.jsonl` file, where a line has no prompt.
+            `.jsonl` file with a `media` path, relative to it, and a `prompt` in each line; or `-`,
+            such lines from the standard input, their paths relative to the working folder.
+        prompts: asked about each media; of lines, where one has no prompt.
 
     Raises:
-        EpalmError: an empty folder, no prompt, or a line that is none.
+        EpalmError: nothing there, an empty folder, no prompt, or a line that is none.
     """
+    if path == STDIN:
+        return _of_lines(sys.stdin.buffer.read(), "standard input", Path(), prompts)
     if path.suffix == ".jsonl" and path.is_file():
-        lines = list(_lines(path, prompts))
-        return [
-            Asked(name, path.parent / name, tuple(text for _, some in group for text in some))
-            for name, group in groupby(lines, key=lambda line: line[0])
-        ]
+        return _of_lines(path.read_bytes(), str(path), path.parent, prompts)
     if not prompts:
         raise EpalmError("predict: give a prompt with --ask; --ask '' where the model needs none")
+    if not path.exists():
+        raise EpalmError(f"predict: {path}: no such file or folder")
     if not path.is_dir():
         return [Asked(str(path), path, tuple(prompts))]
     names = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
@@ -49,12 +53,25 @@ def asked(path: Path, prompts: Sequence[str]) -> list[Asked]:
     return [Asked(str(name), path / name, tuple(prompts)) for name in shown]
 
 
-def _lines(path: Path, prompts: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
+def _of_lines(content: bytes, name: str, folder: Path, prompts: Sequence[str]) -> list[Asked]:
+    """Lines about one media that follow each other are one."""
+    found = [
+        Asked(media, folder / media, tuple(text for _, some in group for text in some))
+        for media, group in groupby(_lines(content, name, prompts), key=lambda line: line[0])
+    ]
+    if not found:
+        raise EpalmError(f"{name}: holds no lines")
+    return found
+
+
+def _lines(
+    content: bytes, name: str, prompts: Sequence[str]
+) -> Iterator[tuple[str, Sequence[str]]]:
     """Media and prompts of each line."""
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
+        where = f"{name}, line {number}"
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:  # also undecodable bytes

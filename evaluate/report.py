@@ -99,6 +99,8 @@ def _scores(scores: dict[str, Any], lines: Sequence[Line], rows: Sequence[Row]) 
         words.append("; stroke: the most frequent training answer to everything")
     if leaves_out(scores):
         words.append(f"; of question types, the {PARTS} most frequent")
+    if any(line.interval and line.interval[0] == line.interval[1] for line in lines):
+        words.append("; an interval of no width: all media score alike, which proves no certainty")
     exact = ""
     asked = any(row["prompt"] for row in rows)
     if asked and "exact_match" not in scores["metrics"]:
@@ -135,7 +137,7 @@ def _examples(
     for title, some in (("Highest scores", chosen.best), ("Lowest scores", chosen.worst)):
         if some:
             body += [f"<h3>{title}</h3>", gallery(some, shuffled, shown, other)]
-    if not chosen.worst:
+    if not chosen.worst and len(rows) > len(chosen.best):
         body.append("<p class=note>All others have the same score.</p>")
     return body
 

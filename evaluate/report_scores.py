@@ -23,6 +23,7 @@ class Line(NamedTuple):
 
     Attributes:
         part: it is about some of the examples of the line above.
+        kind: of type that tells these apart, such as question type, beside the examples' own.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Line(NamedTuple):
     shuffled: float | None = None
     majority: float | None = None
     part: bool = False
+    kind: str = ""
 
 
 def metric_name(name: str) -> str:
@@ -56,7 +58,8 @@ def lines_of(scores: dict[str, Any]) -> list[Line]:
         by_type = blind.get("majority_accuracy_by_type", {})
         found += _parts(summary.get("by_type", {}), control.get("by_type", {}), by_type)
         for kind, parts in summary.get("by", {}).items():
-            found += _parts(parts, control.get("by", {}).get(kind, {}), {})
+            more = _parts(parts, control.get("by", {}).get(kind, {}), {})
+            found += [line._replace(kind=kind.replace("_", " ")) for line in more]
     return found
 
 
@@ -81,7 +84,12 @@ def score_table(lines: Iterable[Line]) -> str:
     columns += ["shuffled"] * shuffled + ["majority"] * majority
     head = "".join(f"<th scope=col>{name}</th>" for name in columns)
     rows = [f"<thead><tr>{head}<th class=mark></th></tr></thead><tbody>"]
+    kind = ""
     for line in lines:
+        if line.kind and line.kind != kind:
+            words = text(f"by {line.kind}", 60)
+            rows.append(f"<tr class=kind><td colspan={len(columns) + 1}>{words}</td></tr>")
+        kind = line.kind
         cells = [f"{line.n:,}", hundredfold(line.value), interval(line.interval)]
         cells += [hundredfold(line.shuffled)] * shuffled + [hundredfold(line.majority)] * majority
         row = "".join(f"<td>{cell}</td>" for cell in cells)

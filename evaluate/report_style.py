@@ -42,6 +42,7 @@ th, td { padding: .28rem .75rem; text-align: right; vertical-align: baseline }
 th:first-child, td:first-child { text-align: left; padding-left: 0; font-weight: 400 }
 th:last-child, td:last-child:not(.mark) { padding-right: 0 }
 tr.part td:first-child { padding-left: 1.1rem; color: var(--quiet) }
+tr.kind td { padding-left: 1.1rem; font-style: italic }
 tr.head td { border-top: 1px solid var(--rule) }
 tbody tr:first-child td { border-top: 0; padding-top: .45rem }
 td.text, th.text { text-align: left; overflow-wrap: anywhere }
@@ -55,6 +56,7 @@ td.mark { vertical-align: middle }
 .note { font: .8rem/1.45 var(--sans); color: var(--quiet); max-width: 48rem }
 .gallery { display: grid; gap: 1.6rem 1.2rem;
            grid-template-columns: repeat(auto-fill, minmax(12.4rem, 1fr)) }
+.gallery + .note { margin-top: 1.2rem }
 .gallery.long { grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
 figure { margin: 0 }
 .example { break-inside: avoid; font-size: .92rem; line-height: 1.35 }

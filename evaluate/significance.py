@@ -46,10 +46,12 @@ def differences(a: Run, b: Run) -> dict[str, Difference]:
 
 def format_differences(a: str, b: str, found: dict[str, Difference]) -> str:
     """A line for each metric, in hundredths as the papers print them."""
-    lines = [f"{f'{b} less {a}, x 100':<32}{'difference':>11}{'95% interval':>16}{'p':>8}"]
+    head = f"{b} less {a}, x 100"
+    width = max(32, len(head))
+    lines = [f"{head:<{width}}{'difference':>11}{'95% interval':>16}{'p':>8}"]
     for name, each in found.items():
         interval = " - ".join(f"{100 * end:+.1f}" for end in each.interval)
-        line = f"{name:<32}{100 * each.value:>+11.1f}{interval:>16}{each.p:>8.4f}"
+        line = f"{name:<{width}}{100 * each.value:>+11.1f}{interval:>16}{each.p:>8.4f}"
         lines.append(line + ("" if each.mcnemar is None else f"  McNemar {each.mcnemar:.4f}"))
     return "\n".join(lines)
 

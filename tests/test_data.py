@@ -72,10 +72,12 @@ def test_jsonl_duplicates_and_rubbish(tmp_path: Path) -> None:
         jsonl.load(write(tmp_path, [1]))
     config = write(tmp_path, GOOD)
     Path(config.path).write_bytes(b'{"id": "\xff"}')
-    with pytest.raises(EpalmError, match="line 1: not valid JSON"):
+    with pytest.raises(EpalmError, match="line 1: not UTF-8"):
         jsonl.load(config)
     with pytest.raises(EpalmError, match="no such annotation file"):
         jsonl.load(DataConfig(kind="jsonl", path=str(tmp_path / "gone.jsonl")))
+    with pytest.raises(EpalmError, match="data.path: .* a folder, not an annotation file"):
+        jsonl.load(DataConfig(kind="jsonl", path=str(tmp_path)))
 
 
 def test_easy_vqa_has_its_published_counts(easy_vqa: Path) -> None:
@@ -113,3 +115,11 @@ def test_unknown_reader_and_double_val(toy: Callable[..., Path]) -> None:
         load_dataset(load_recipe(toy(), ("data.kind=xml",)))
     with pytest.raises(EpalmError, match="the dataset has a val split"):
         load_dataset(load_recipe(toy(), ("data.val_from_train=2",)))
+
+
+def test_held_out_media_leave_some_to_train_on(toy: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = load_recipe(toy(), ("data.val_from_train=8",))
+    data = tmp_path / "toy.jsonl"
+    data.write_text(data.read_text().replace('"val"', '"test"'))
+    with pytest.raises(EpalmError, match="data.val_from_train: 8 media wanted of 8 training media"):
+        load_dataset(recipe)

@@ -414,6 +414,33 @@ def test_shards(tmp_path: Path) -> None:
     assert dataset.media["train/00000/000000002.webp"].read() == b"two"
 
 
+def test_captions_of_shards_are_read_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = shards(tmp_path / "cc3m", SAMPLES)
+    seen: list[str] = []
+    real = Media.read
+
+    def counted(media: Media) -> bytes:
+        seen.append(media.id)
+        return real(media)
+
+    monkeypatch.setattr(Media, "read", counted)
+    first = read(config)
+    assert len(seen) == len(first.examples) == 5
+    assert read(config) == first and len(seen) == 5
+    shard = tmp_path / "cc3m" / "train" / "00000.tar"
+    kept = archive_index.index_path(shard, "captions")
+    for broken in ('["a cat"]', '["a cat", "a dog", 3]', "3"):  # of other samples, or no texts
+        whole = json.loads(kept.read_text())
+        kept.write_text(json.dumps(whole | {"captions": json.loads(broken)}))
+        assert read(config) == first
+    assert len(seen) == 5 + 3 * 3
+    write_tar(shard, SAMPLES | {"000000002.txt": b"a dog"})
+    os.utime(shard, ns=(0, 7))
+    assert ("a dog",) in {e.references for e in read(config).examples}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

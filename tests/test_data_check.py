@@ -67,6 +67,25 @@ def test_missing_and_empty_media_stop_or_are_skipped(check: Check, tmp_path: Pat
     assert f"warning: 1 media are missing in {tmp_path}: images/3.png" in skipped.output
 
 
+def test_media_that_are_skipped_must_leave_enough(check: Check, tmp_path: Path) -> None:
+    """The splits as they are left: test without media, train with too few, and nothing at all."""
+    images = tmp_path / "images"
+    skip = ("--set", "data.bad_media=skip")
+    for number in (10, 11):
+        (images / f"{number}.png").unlink()
+    done = check(*skip)
+    assert done.exit_code == 1
+    assert "evaluate.split is test, which has no examples with usable media" in done.output
+    for number in range(8):
+        (images / f"{number}.png").unlink()
+    done = check(*skip, "--set", "evaluate.split=val")
+    assert "there are 0 training examples with usable media" in done.output
+    shutil.rmtree(images)
+    done = check(*skip)
+    assert done.exit_code == 1
+    assert "stops: extraction: of 12 media none can be used; is data.media_root" in done.output
+
+
 def test_media_that_limits_leave_out_stop_nothing(check: Check, tmp_path: Path) -> None:
     limits = ("--set", "data.limits.train=4", "--set", "train.batch_size=4")
     shutil.rmtree(tmp_path / "images")
@@ -126,6 +145,13 @@ def test_splits_that_stop_training_or_evaluation(check: Check, lines: Callable[.
     assert "stops: evaluation: evaluate.split is test, which has no examples" in done.output
 
 
+def test_data_to_evaluate_other_runs_on(check: Check, lines: Callable[..., None]) -> None:
+    lines(lambda records: [record.update(split="test") for record in records])
+    done = check()
+    assert done.exit_code == 0, done.output
+    assert "warning: there is no train split: this is for runs trained on other" in done.output
+
+
 def test_each_source_is_checked(
     tmp_path: Path, toy: Callable[..., Path], cli: Callable[..., Result], vit_folder: Path
 ) -> None:
@@ -134,11 +160,16 @@ def test_each_source_is_checked(
     files = {"test": "nocaps_val_4500_captions.json"}
     data = config.model_dump(exclude_unset=True) | {"files": files, "bad_media": "skip"}
     also = {"captions": {"data": data, "encoder": {"weights": str(vit_folder)}}}
+    nowhere = cli("data", "check", toy(also=also))
+    assert nowhere.exit_code == 1 and "of 3 media none can be used" in nowhere.stdout
+    some = sorted(read(config).media)[0]
+    (tmp_path / "nocaps" / "media").mkdir()
+    (tmp_path / "nocaps" / "media" / some).write_bytes(b"x")
     done = cli("data", "check", toy(also=also))
     assert done.exit_code == 0, done.output
     assert "source captions:\nnocaps, media in" in done.stdout
     assert "source main:\ntoy, media in" in done.stdout
-    assert "warning: 3 media are missing" in done.stdout
+    assert "warning: 2 media are missing" in done.stdout
     (tmp_path / "nocaps" / "nocaps_val_4500_captions.json").write_text("[")
     broken = cli("data", "check", toy(also=also))
     assert broken.exit_code == 2

@@ -64,7 +64,7 @@ METRICS = {
     "gqa": "normalised match",
     "msrvtt-qa": "normalised match",
     "msvd-qa": "normalised match",
-    "epalm-gqa": "exact match",
+    "epalm-gqa": "normalised match",
     "jsonl": "exact match",
 }
 """What the report calls a case's first metric, where it is not CIDEr."""

@@ -15,6 +15,7 @@ from epalm.config import DataConfig
 from epalm.data import READERS, read, reader
 from epalm.data.example import Counts, Example
 from epalm.errors import EpalmError
+from epalm.evaluate.metrics.normalised import normalised_match
 from tests.datasets import CASES, lay_out
 
 TEN = ("flag", "flag", "flag", "rocket", "flag", "space shuttle", "flag", "flag and rocket",
@@ -122,11 +123,11 @@ EXPECTED: dict[str, tuple[dict[str, tuple[int, int]], Example]] = {
     ),
     "epalm-gqa": (
         {"train": (2, 2), "test": (2, 2)},
-        Example("201000008", "n910006.jpg", "What color is the motorcycle?", ("red",), "test"),
+        Example("test/201000008", "n910006.jpg", "What color is the motorcycle?", ("red",), "test"),
     ),
     "epalm-msrvtt-qa": (
         {"train": (3, 2), "val": (1, 1), "test": (3, 2)},
-        Example("test0", "video7010.mp4", "where is the man?", ("car",), "test"),
+        Example("test/test0", "video7010.mp4", "where is the man?", ("car",), "test"),
     ),
     "epalm-msrvtt": (
         {"train": (3, 3), "test": (2, 2)},
@@ -184,16 +185,45 @@ def test_epalm_answers_stand_as_often_as_their_scores_say(tmp_path: Path) -> Non
     files = {s: f"karpathy_{s}.json" for s in ("train", "val", "test")}
     config = config.model_copy(update={"kind": "epalm-json", "splits": "standard", "files": files})
     examples = {e.id: e for e in read(config).examples}
-    assert examples["900003000"].references == ("coffee",)
+    assert examples["train/900003000"].references == ("coffee",)
     rewritten = tmp_path / "karpathy_test.json"
     records = json.loads(rewritten.read_text())
     records[0]["label"] = {"2": 0.9, "two": 0.3, "one": 0, "three": 0.001}
     rewritten.write_text(json.dumps(records))
-    assert {e.id: e for e in read(config).examples}["900006000"].references == (
+    assert {e.id: e for e in read(config).examples}["test/900006000"].references == (
         *["2"] * 9, *["two"] * 3, "three",
     )  # fmt: skip
-    assert examples["900004000"].media == "val2014/COCO_val2014_000000900004.jpg"
-    assert examples["900004000"].types == {"question_type": "what is the man"}
+    assert examples["train/900004000"].media == "val2014/COCO_val2014_000000900004.jpg"
+    assert examples["train/900004000"].types == {"question_type": "what is the man"}
+
+
+def test_epalm_questions_without_an_answer(tmp_path: Path) -> None:
+    """The official files hold some whose answers are none of the frequent ones (convention 18)."""
+    config = lay_out("vqa2-epalm", tmp_path)
+    files = {s: f"karpathy_{s}.json" for s in ("train", "val", "test")}
+    config = config.model_copy(update={"kind": "epalm-json", "splits": "standard", "files": files})
+    before = read(config)
+    for split, label in (("train", {}), ("test", {"2": 0})):
+        file = tmp_path / files[split]
+        records = json.loads(file.read_text())
+        records[0]["label"] = label
+        file.write_text(json.dumps(records))
+    after = read(config)
+    assert len(after.split("train")) == len(before.split("train")) - 1  # nothing to learn
+    changed = next(e for e in after.examples if e.id == "test/900006000")
+    assert changed.references == ()
+    assert normalised_match([""], [changed]).per_example.tolist() == [0.0]  # nor is silence right
+
+
+@pytest.mark.parametrize("score", [None, float("nan"), True, "1", -0.5])
+def test_epalm_scores_are_numbers(score: Any, tmp_path: Path) -> None:
+    config = lay_out("epalm-gqa", tmp_path)
+    file = tmp_path / "train.json"
+    records = json.loads(file.read_text())
+    records[1]["label"] = {"cat": score}
+    file.write_text(json.dumps(records))
+    with pytest.raises(EpalmError, match="train.json.*1.*cat"):
+        read(config)
 
 
 def test_media_can_be_named_otherwise(tmp_path: Path) -> None:
@@ -394,7 +424,7 @@ REQUIRED = [
     ("msvd-qa", "test_qa.json", (1, "video_id")),
     ("epalm-gqa", "train.json", (1, "img_id")),
     ("epalm-gqa", "train.json", (1, "sent")),
-    ("epalm-gqa", "train.json", (1, "label", "cat")),
+    ("epalm-gqa", "train.json", (1, "question_id")),
     ("epalm-msrvtt", "msrvtt_caption_test.json", (1, "caption")),
 ]
 
@@ -409,10 +439,7 @@ def test_messages_name_file_record_and_field(
     tree = json.loads(path.read_text())
     parent = parent_of(tree, place)
     if wrong == "left out":
-        if place[-1] == "cat":
-            parent.clear()  # no answers at all
-        else:
-            del parent[place[-1]]
+        del parent[place[-1]]
     else:
         parent[place[-1]] = wrong
     path.write_text(json.dumps(tree))
@@ -421,9 +448,7 @@ def test_messages_name_file_record_and_field(
     message = str(error.value)
     record = next((str(key) for key in place if isinstance(key, int)), place[0])
     assert name in message and f"{record}" in message, message
-    # an answer to a question that is not there is noticed at the question without one
-    words = ("no answer",) if wrong == "left out" and place[-1] == "cat" else (place[-1],)
-    assert any(word in message for word in (*words, "question" if place[-1] == "sent" else "~"))
+    assert any(word in message for word in (place[-1], "question" if place[-1] == "sent" else "~"))
     assert "\n" not in message
 
 
@@ -508,7 +533,7 @@ def test_tables_name_the_line(case: str, name: str, column: int, tmp_path: Path)
         ("nocaps", "nocaps_val_4500_captions.json", "images 3: id '0' stands in an earlier"),
         ("msrvtt", "test_videodatainfo.json", "videos 2: id 'video7010' stands in an earlier"),
         ("msrvtt-qa", "test_qa.json", "record 3: id '500005' stands in an earlier record"),
-        ("epalm-gqa", "train.json", "record 2: id '09000001' stands in an earlier record"),
+        ("epalm-gqa", "train.json", "record 2: id 'train/09000001' stands in an earlier record"),
         ("audiocaps", "test.csv", "line 6: audiocap_id 90006 stands in an earlier record"),
         ("clotho", "clotho_captions_evaluation.csv", "line 4: id 'test/house music.wav' stands"),
         ("csv", "data.csv", "line 5: id '1' stands in an earlier record"),

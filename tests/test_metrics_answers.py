@@ -163,6 +163,9 @@ def test_vqa_is_the_mean_over_all_choices_of_nine(metric: object) -> None:
 def test_vqa_needs_enough_people() -> None:
     with pytest.raises(EpalmError, match="example 0 has 1: use exact_match"):
         vqa_accuracy(["yes"], [example(0, ("yes",))])
+    for name in ("vqa_accuracy", "vqa_accuracy_2017"):  # before anything is trained
+        with pytest.raises(EpalmError, match="example 1 has 3: use exact_match"):
+            make_metrics([name], Setting(scored=[example(1, ("yes",) * 3)]))
 
 
 def test_normalised_match_is_the_recorded_one() -> None:
@@ -314,7 +317,8 @@ def test_default_metrics_follow_the_dataset() -> None:
 
     assert default("jsonl", asked) == ("exact_match",)
     assert default("vqa2", asked) == ("vqa_accuracy",)
-    assert default("msvd-qa", asked) == ("normalised_match",)
+    assert default("msvd-qa", asked) == default("epalm-json", asked) == ("normalised_match",)
+    assert default("epalm-json", shown)[0] == "cider"
     captions = default("coco", shown)
     assert captions[0] == "cider" and not {"meteor", "spice"} & set(captions)
     assert {"meteor", "spice", "spider"} < set(default("coco", shown, official=True))

@@ -39,8 +39,8 @@ def test_two_runs_on_the_same_examples(
     assert found.keys() == {"exact_match", "normalised_match"}
     assert (found["exact_match"].value, found["exact_match"].interval) == (-1, (-1, -1))
     assert found["exact_match"].mcnemar < 0.05  # examples; there are only two media
-    scores = {"accuracy": 1.0, "accuracy_by_type": {"": 1.0}, "seconds": {"train": 1},
-              "trained_parameters": 1}  # fmt: skip
+    scores = {"split": "test", "examples": 7, "accuracy": 1.0, "accuracy_by_type": {"": 1.0},
+              "seconds": {"train": 1}, "trained_parameters": 1}  # fmt: skip
     for run in (right, wrong):
         run.last.parent.mkdir(exist_ok=True)
         run.last.touch()  # a run that was trained
@@ -48,6 +48,11 @@ def test_two_runs_on_the_same_examples(
     shown = cli("compare", right.folder, wrong.folder, "--paired")
     assert shown.exit_code == 0, shown.output
     assert "wrong less right, x 100" in shown.output and "-100.0 - -100.0" in shown.output
+    assert "not on the same examples" not in shown.output
+    right.scores.write_text(json.dumps(scores | {"examples": 2000}))
+    other = cli("compare", right.folder, wrong.folder)
+    words = "not on the same examples: right on 2,000 test examples, wrong on 7 test examples"
+    assert words in other.output
     alone = cli("compare", right.folder, "--paired")
     assert alone.exit_code == 2 and "takes two runs, not 1" in alone.output
 

@@ -1,6 +1,8 @@
 """`predict` on files, folders and JSON lines."""
 
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,15 +96,33 @@ def test_json_lines(cli: Cli, run: Run, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_lines_of_the_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = b'{"media": "a.png", "prompt": "what?"}\n\n{"media": "a.png"}\n{"media": "/b.png"}'
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    assert asked(Path("-"), ["who?"]) == [
+        Asked("a.png", Path("a.png"), ("what?", "who?")), Asked("/b.png", Path("/b.png"), ("who?",))
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    with pytest.raises(EpalmError, match="standard input, line 3: field 'prompt' is missing"):
+        asked(Path("-"), [])
+
+
 def test_what_cannot_be_asked(tmp_path: Path) -> None:
+    with pytest.raises(EpalmError, match="x.png: no such file or folder"):
+        asked(tmp_path / "x.png", ["a"])
+    (tmp_path / "x.png").touch()
     assert asked(tmp_path / "x.png", ["a"]) == [
         Asked(str(tmp_path / "x.png"), tmp_path / "x.png", ("a",))
     ]
     with pytest.raises(EpalmError, match="give a prompt with --ask"):
         asked(tmp_path / "x.png", [])
+    (tmp_path / "x.png").unlink()
     with pytest.raises(EpalmError, match="no files in this folder"):
         asked(tmp_path, ["a"])
     file = tmp_path / "x.jsonl"
+    file.write_text("\n")
+    with pytest.raises(EpalmError, match="x.jsonl: holds no lines"):
+        asked(file, ["a"])
     for line, words in (
         (b"{", "not valid JSON"), (b"[]", "field 'media'"), (b'{"media": 3}', "field 'media'"),
         (b'{"media": "a", "prompt": 3}', "field 'prompt' must be"), (b"\xff", "not valid JSON"),

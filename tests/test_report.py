@@ -202,7 +202,8 @@ def test_lines_of_several_sources() -> None:
     ]  # fmt: skip
     assert len(lines) == 5 + 12 and leaves_out(scores)
     table = score_table(lines)
-    assert table.count("<tr") == 1 + 17 and "75.0" in table and "25.0 – 75.0" in table
+    assert table.count("<tr") == 1 + 5 + 1 + 12 and table.count(">by n<") == 1
+    assert "75.0" in table and "25.0 – 75.0" in table
 
 
 def test_pictures_of_every_modality(tmp_path: Path) -> None:

@@ -166,8 +166,8 @@ def test_images_and_sounds_from_files_to_answers(cli: Cli, both: Recipes, tmp_pa
         asked = cli("predict", folder, flag, root / own, "--ask", row["prompt"])
         assert asked.stdout.strip() == row["prediction"], asked.output
     refusals = {
-        ("predict", run, "--video", "x.mp4", "--ask", "?"): "no source of video, only of audio",
-        ("predict", exported, "--video", "x.mp4", "--ask", "?"): "no source of video, only of",
+        ("predict", run, "--video", recipe, "--ask", "?"): "no source of video, only of audio",
+        ("predict", exported, "--video", recipe, "--ask", "?"): "no source of video, only of",
         ("predict", run, "--ask", "?"): "give one file",
     }
     for words, message in refusals.items():

@@ -23,13 +23,13 @@ from epalm.evaluate.metrics.meteor_java import meteor
 from epalm.evaluate.metrics.normalised import normalised_match, normalised_match_top1k
 from epalm.evaluate.metrics.scored import Metric, Setting
 from epalm.evaluate.metrics.spice_java import spice, spider
-from epalm.evaluate.metrics.vqa import vqa_accuracy, vqa_accuracy_2017
+from epalm.evaluate.metrics.vqa import for_ten_answers, vqa_accuracy, vqa_accuracy_2017
 
 METRICS: dict[str, Callable[[Setting], Metric]] = {
     "exact_match": lambda _: exact_match,
     "strict_match": lambda _: strict_match,
-    "vqa_accuracy": lambda _: vqa_accuracy,
-    "vqa_accuracy_2017": lambda _: vqa_accuracy_2017,
+    "vqa_accuracy": lambda setting: for_ten_answers(vqa_accuracy, setting),
+    "vqa_accuracy_2017": lambda setting: for_ten_answers(vqa_accuracy_2017, setting),
     "normalised_match": lambda _: normalised_match,
     "normalised_match_top1k": normalised_match_top1k,
     "gqa_consistency": lambda _: gqa_consistency,
@@ -64,14 +64,16 @@ CAPTIONS_IN_JAVA = ("meteor", "spice", "spider")
 def default_metrics(examples: Sequence[Example], setting: Setting) -> tuple[str, ...]:
     """Of a dataset kind without a row: captions where no example has a prompt, else exact match.
 
-    GQA's further scores are among them as far as its files allow.
+    GQA's further scores are among them as far as its files allow. Answers in the official eP-ALM
+    code's files are compared as that does (convention 29).
     """
     data = setting.data
     if data is not None and data.kind in DEFAULTS:
         chosen = data.kind == "gqa" and choices_file(data, setting.split) is not None
         return DEFAULTS[data.kind] + GQA_OF_CHOICES * chosen
     if any(example.prompt for example in examples):
-        return ("exact_match",)
+        theirs = data is not None and data.kind == "epalm-json"
+        return ("normalised_match",) if theirs else ("exact_match",)
     return CAPTIONS + CAPTIONS_IN_JAVA if setting.official else CAPTIONS
 
 

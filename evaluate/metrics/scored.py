@@ -74,12 +74,14 @@ class Setting:
 
     Attributes:
         training: the dataset's training examples; may be empty.
+        scored: its examples that may be scored; may be empty.
         official: tokenize captions with Stanford's Java program.
         data: the dataset's, for metrics that read more of its files.
         split: that is evaluated.
     """
 
     training: Sequence[Example] = ()
+    scored: Sequence[Example] = ()
     official: bool = False
     data: DataConfig | None = None
     split: str = "test"

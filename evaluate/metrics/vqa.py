@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from epalm.data.example import Example
 from epalm.errors import EpalmError
 from epalm.evaluate.metrics.normalise import normalise, strip_punctuation, trim
-from epalm.evaluate.metrics.scored import Scores, mean_scores
+from epalm.evaluate.metrics.scored import Metric, Scores, Setting, mean_scores
 
 NEEDED = 3  # other people whose agreement makes an answer fully right
 
@@ -33,6 +33,13 @@ def vqa_accuracy_2017(predictions: Sequence[str], examples: Sequence[Example]) -
     return _score(predictions, examples, _prediction_first)
 
 
+def for_ten_answers(metric: Metric, setting: Setting) -> Metric:
+    """One of the two; EpalmError where an example that may be scored has too few answers."""
+    for example in setting.scored:
+        _require_people(example)
+    return metric
+
+
 def leave_one_out(matches: int, answers: int) -> float:
     """Mean over `answers` people of min(1, n/3); n of the others gave the predicted answer.
 
@@ -49,14 +56,18 @@ def _score(
 ) -> Scores:
     values = []
     for prediction, example in zip(predictions, examples, strict=True):
-        if len(example.references) <= NEEDED:
-            raise EpalmError(
-                f"evaluate.metrics: VQA accuracy compares with ten human answers; example "
-                f"{example.id} has {len(example.references)}: use exact_match"
-            )
+        _require_people(example)
         given, answers = prepare(prediction, example.references)
         values.append(leave_one_out(answers.count(given), len(answers)))
     return mean_scores(values)
+
+
+def _require_people(example: Example) -> None:
+    if len(example.references) <= NEEDED:
+        raise EpalmError(
+            f"evaluate.metrics: VQA accuracy compares with ten human answers; example "
+            f"{example.id} has {len(example.references)}: use exact_match"
+        )
 
 
 def _both_alike(prediction: str, answers: Sequence[str]) -> tuple[str, Sequence[str]]:
