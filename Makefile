@@ -4,7 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test setup clean
+.PHONY: help demo test setup clean
+
+help:
+	@echo "make demo    set-up, then: encode real images, train, evaluate, ask one question"
+	@echo "make test    set-up, then: ruff, mypy and the whole test suite"
+	@echo "make setup   a virtual environment in $(VENV) with all that both need"
+	@echo "make clean   remove it"
 
 demo: $(INSTALLED)
 	$(BIN)/python pipeline.py run recipes/demo.yaml

@@ -48,7 +48,10 @@ def resolve(address: str) -> Path:
         return _resolve_hub(address)
     path = Path(address).expanduser()
     if not path.exists():
-        raise NotHereError(f"{address}: no such file or folder (looked in {path.resolve()})")
+        raise NotHereError(
+            f"{address}: no such file or folder (looked in {path.resolve()}); weights of the hub "
+            "are hf:ORG/NAME or timm:NAME"
+        )
     return path
 
 

@@ -10,8 +10,9 @@ set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe field."
 )
 checkpoint_option = click.option(
-    "--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True
-)
+    "--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True,
+    help="Weights of the best validation, or of the last step.",
+)  # fmt: skip
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Replace the run folder instead of resuming it."
 )

@@ -1,12 +1,13 @@
 """Reading a recipe: a file, what it extends, the command line's overrides; and writing it."""
 
-import difflib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from epalm.config.mistakes import describe_mistakes
+from epalm.config.read_yaml import read_yaml
 from epalm.config.recipe import Recipe
 from epalm.errors import EpalmError
 
@@ -33,8 +34,8 @@ def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = [f"  {_describe(e)}" for e in error.errors()]
-        raise EpalmError(f"{source}: not a valid recipe\n" + "\n".join(lines)) from None
+        lines = [f"  {line}" for line in describe_mistakes(error, Recipe)]
+        raise EpalmError("\n".join([f"{source}: not a valid recipe", *lines])) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -42,22 +43,29 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise EpalmError(f"{path}: extends itself; remove one `extends`")
+def _read_tree(path: Path, heirs: tuple[Path, ...]) -> dict[str, Any]:
+    """What a file says with all that it extends; `heirs`: the files that extend it."""
+    if path.resolve() in [heir.resolve() for heir in heirs]:
+        chain = " extends ".join(map(str, (*heirs, path)))
+        raise EpalmError(f"{path}: extends itself ({chain}); remove one `extends`")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise EpalmError(f"{path}: cannot read the recipe ({error})") from None
-    except yaml.YAMLError as error:
-        raise EpalmError(f"{path}: not valid YAML: {error}") from None
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        wanted = f", which {heirs[-1]} extends" if heirs else ""
+        raise EpalmError(f"{path}: cannot read the recipe{wanted}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise EpalmError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+    tree = read_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise EpalmError(f"{path}: a recipe is a mapping of sections, e.g. `name: demo`")
+    if "axes" in tree or "base" in tree:
+        raise EpalmError(f"{path}: a sweep, not a recipe; it goes to `sweep`")
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
-    base = _read_tree(path.parent / str(parent), (*seen, path.resolve()))
-    return _merge(base, tree)
+    if not isinstance(parent, str):
+        raise EpalmError(f"{path}: extends: must be the name of one recipe (given: {parent!r})")
+    return _merge(_read_tree(path.parent / parent, (*heirs, path)), tree)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -70,31 +78,15 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
+    *sections, key = [part.strip() for part in dotted.split(".")]
+    if not equals or not all((*sections, key)):
         raise EpalmError(f"--set {override}: write it as section.key=value, e.g. train.lr=1e-3")
-    *sections, key = dotted.split(".")
     node = tree
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
             raise EpalmError(f"--set {override}: {section} is a value, it has no keys")
     try:
-        node[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise EpalmError(f"--set {override}: not a YAML value: {error}") from None
-
-
-def _describe(error: Any) -> str:
-    """One line for one pydantic error, with the nearest real key for a typo."""
-    location = [str(part) for part in error["loc"]]
-    field = ".".join(location)
-    if error["type"] != "extra_forbidden":
-        given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
-        return f"{field}: {error['msg']}{given}"
-    section: Any = Recipe
-    for part in location[:-1]:
-        is_section = hasattr(section, "model_fields")  # else the name of a source
-        section = section.model_fields[part].annotation if is_section else get_args(section)[1]
-    near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(section.model_fields)}"
-    return f"{field}: unknown key; {hint}"
+        node[key] = read_yaml(text, f"--set {dotted}")
+    except EpalmError as error:
+        raise EpalmError(f"{error}; put text in quotes: --set '{dotted}=\"…\"'") from None

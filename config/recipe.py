@@ -8,7 +8,7 @@ from epalm.config.data import DataConfig
 from epalm.config.encoder import EncoderConfig
 from epalm.config.evaluate import DecodeConfig, EvalConfig
 from epalm.config.lm import LMConfig, TextConfig
-from epalm.config.section import Section
+from epalm.config.section import Name, Section
 from epalm.config.store import StoreConfig
 from epalm.config.train import TrainConfig
 from epalm.config.variant import VariantConfig
@@ -29,7 +29,7 @@ class Source(Section):
 class Recipe(Section):
     """One whole run."""
 
-    name: str = Field(pattern=r"^[\w.-]+$", description="names the run folder")
+    name: Name = Field(description="names the run folder")
     seed: int = Field(0, ge=0, description="of subsets, initialisation, sampling and control")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     runs: str = Field("runs", description="folder that holds the run folders")
@@ -68,6 +68,16 @@ class Recipe(Section):
         encoders = [self.encoder, *(source.encoder for source in self.also.values())]
         if self.also and any(encoder.online for encoder in encoders):
             raise ValueError("encoder.online: only a recipe with one source; leave out `also`")
+        return self
+
+    @model_validator(mode="after")
+    def _rates_are_of_what_is_trained(self) -> "Recipe":
+        for rate, trained, switch in (
+            ("lm_lr", self.variant.train_lm, "variant.train_lm"),
+            ("encoder_lr", self.encoder.train, "encoder.train"),
+        ):
+            if getattr(self.train, rate) is not None and not trained:
+                raise ValueError(f"train.{rate}: leave it out, or set {switch} to true")
         return self
 
     @model_validator(mode="after")

@@ -102,10 +102,18 @@ def describe(recipe: Recipe, weights_at_hand: bool = True) -> FeatureSpec:
     empty; the address or `encoder.arch` must then say the architecture.
 
     Raises:
-        EpalmError: unknown encoder or architecture, or tokens and layers that it does not have.
+        EpalmError: unknown encoder or architecture, or tokens, layers and settings that it does not
+            have.
         NotHereError: the weights cannot be had.
     """
-    return _module(recipe).describe(recipe, weights_at_hand)
+    spec: FeatureSpec = _module(recipe).describe(recipe, weights_at_hand)
+    for name, modalities in (("frames", ("video",)), ("image_size", ("image", "video"))):
+        if getattr(recipe.encoder, name) is not None and spec.modality not in modalities:
+            raise EpalmError(
+                f"encoder.{name}: has no meaning for {spec.modality}, which the kind "
+                f"{recipe.encoder.kind} encodes; leave it out"
+            )
+    return spec
 
 
 def build(recipe: Recipe, device: torch.device) -> Encoder:

@@ -118,7 +118,8 @@ def load_timm(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
             pretrained_cfg_overlay={**source, "custom_load": False, "hf_hub_id": None, "url": ""},
         )
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        raise EpalmError(f"encoder.weights: {file} does not fit {arch}: {error}") from None
+        some = "\n".join(str(error).splitlines()[:4])  # of a line for each tensor
+        raise EpalmError(f"encoder.weights: {file} does not fit {arch}: {some}") from None
     return model, image_numbers(recipe, pretrained)
 
 

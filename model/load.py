@@ -96,8 +96,11 @@ def load_lm_config(address: str) -> PreTrainedConfig:
 def lm_without_weights(address: str) -> PreTrainedModel:
     """The LM on the device `meta`, which knows shapes alone; EpalmError when it cannot be had."""
     config = load_lm_config(address)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    except ValueError as error:  # an encoder's configuration, say
+        raise EpalmError(_not_loadable(address, resolve(address), error)) from None
 
 
 def lm_digest(address: str) -> str:

@@ -52,7 +52,18 @@ def test_every_field_is_documented_or_plain() -> None:
         ("variant.connection=both", ["variant.connection", "'separate' or 'shared'"]),
         ("text.template=hello", ["text", "{prompt}"]),
         ("text.template='{prompt} {x}'", ["text", "no other braces"]),
-        ("name=a/b", ["name", "'a/b'"]),
+        ("name=a/b", ["name", "letters, digits", "'a/b'"]),
+        ("name=..", ["name: a folder"]),
+        ("name=2024", ["name", "put it in quotes (given: 2024)"]),
+        ("batch_size=8", ["batch_size", "encoder.batch_size or train.batch_size or decode."]),
+        ("train.prompt_length=8", ["did you mean variant.prompt_length?"]),
+        ("train=8", ["train: is a section"]),
+        ("train.patience=yes", ["train: patience is no switch; it cannot be true"]),
+        ("train.lm_lr=1", ["train.lm_lr: leave it out, or set variant.train_lm to true"]),
+        ("train.encoder_lr=1", ["train.encoder_lr: leave it out, or set encoder.train to true"]),
+        ("evaluate.metrics=cider", ["evaluate.metrics: must be a list", "'cider'"]),
+        ("text.template=Question: {prompt} Answer:", ["text.template", "put text in quotes"]),
+        ("train..lr=1", ["--set train..lr=1", "section.key=value"]),
         ("train", ["--set train", "section.key=value"]),
         ("name.first=1", ["name.first=1", "has no keys"]),
     ],
@@ -62,6 +73,19 @@ def test_bad_overrides(override: str, words: list[str]) -> None:
         load_recipe(DEMO, (override,))
     for word in words:
         assert word in str(error.value)
+
+
+def test_what_must_hold_between_fields_is_said_without_the_recipe() -> None:
+    spread = ("lm.device_map=auto", "variant.attention_adapters={reduction: 8}")
+    with pytest.raises(EpalmError) as error:
+        load_recipe(DEMO, spread)
+    assert str(error.value).splitlines()[1:] == [
+        "  lm.device_map: an LM with adapters cannot be spread over devices"
+    ]
+
+
+def test_spaces_around_an_override() -> None:
+    assert load_recipe(DEMO, (" train.lr = 0.5",)).train.lr == 0.5
 
 
 def test_extends_merges_sections(tmp_path: Path) -> None:
@@ -79,15 +103,19 @@ def test_extends_merges_sections(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("- a list", "mapping"),
-        ("name: [", "not valid YAML"),
-        ("extends: self.yaml", "extends itself"),
-        ("extends: gone.yaml", "cannot read"),
-        ("name: x", "data: Field required"),
+        (b"- a list", "mapping"),
+        (b"name: [\n", "self.yaml, line 2: not valid YAML"),
+        (b"extends: self.yaml", r"extends itself \(.*self.yaml extends .*self.yaml\)"),
+        (b"extends: gone.yaml", "gone.yaml: cannot read the recipe, which .*self.yaml extends: No"),
+        (b"extends: [a.yaml]", "extends: must be the name of one recipe"),
+        (b"name: x", "data: missing; add it"),
+        (b"train: {lr: 1}\nseed: 1\ntrain: {steps: 5}", "line 3: .*: the key train stands twice"),
+        (b"name: caf\xe9", "not UTF-8"),
+        (b"name: x\nbase: demo.yaml", "a sweep, not a recipe"),
     ],
 )
-def test_bad_files(tmp_path: Path, text: str, word: str) -> None:
+def test_bad_files(tmp_path: Path, text: bytes, word: str) -> None:
     path = tmp_path / "self.yaml"
-    path.write_text(text)
+    path.write_bytes(text)
     with pytest.raises(EpalmError, match=word):
         load_recipe(path)

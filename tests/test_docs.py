@@ -1,5 +1,6 @@
 """What documents and recipe heads name is there: commands, flags, fields, files, headings."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -11,7 +12,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from epalm.config import Recipe, load_recipe, parse_recipe
+from epalm.config import DataConfig, Recipe, load_recipe, parse_recipe
+from epalm.data.annotations import files_by_split, read_list
+from epalm.data.collect import Collector
+from epalm.data.example import Dataset
 from epalm.pipeline import main
 from epalm.sweep import load_sweep
 
@@ -121,6 +125,21 @@ def test_the_walk_through_shows_the_encoder_that_is_there() -> None:
         shown = [line.strip() for line in block.splitlines() if line.strip()]
         there = [line for line in lines if line]
         assert any(there[n : n + len(shown)] == shown for n in range(len(there))), block
+
+
+def test_the_dataset_reader_shown_reads(tmp_path: Path) -> None:
+    (shown,) = blocks((ROOT / "docs" / "extending.md").read_text(), "python")
+    reader: dict[str, Any] = {
+        made.__name__: made for made in (Collector, DataConfig, Dataset, files_by_split, read_list)
+    }
+    exec(shown, reader)
+    for split, birds in (("train", ["wren", "owl"]), ("test", ["gull"])):
+        records = [{"image": f"{bird}.jpg", "captions": [f"a {bird}"]} for bird in birds]
+        (tmp_path / f"{split}.json").write_text(json.dumps(records))
+    dataset = reader["load"](DataConfig(kind="birds", path=str(tmp_path)))
+    assert dataset.counts() == {"train": (2, 2), "test": (1, 1)}
+    assert dataset.examples[2].references == ("a gull",)
+    assert all(name in DataConfig.model_fields for name in reader["SETTINGS"])
 
 
 @pages

@@ -123,6 +123,7 @@ def test_what_an_encoder_lacks_is_an_error(toy: Toy, tmp_path: Path) -> None:
     for encoder, words in (
         ({"weights": str(siglip)}, "has no class token; set it to mean"),
         ({"weights": str(convnext), "tokens": "mean"}, "no norm fits them all; set it to false"),
+        ({"frames": 8}, "encoder.frames: has no meaning for image"),
     ):
         with pytest.raises(EpalmError, match=words):
             describe(load_recipe(toy(encoder=encoder)))

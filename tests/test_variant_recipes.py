@@ -87,6 +87,7 @@ def test_two_steps_and_evaluation(
         "encoder.kind": "timm",
         "encoder.weights": deep_vit,
         "encoder.image_size": 32,
+        "encoder.frames": "null",
         "lm.weights": folder,
         "store.root": tmp_path / "features",
         "runs": tmp_path / "runs",
@@ -108,7 +109,7 @@ def test_two_steps_and_evaluation(
     with safe_open(run / "checkpoints" / "best.safetensors", "pt") as file:
         parts = {key.split(".")[1] for key in file.keys()}  # noqa: SIM118
     assert parts == PARTS.get(path.stem, WITH_PROMPT)
-    if path.stem in ("ada", "magma-all", "train-lm", "full-finetune", "table9-input"):
+    if path.stem in ("ada", "magma-all", "train-lm", "full-finetune"):
         image = tmp_path / "images" / "10.png"
         asked = cli("predict", run, "--image", image, "--ask", "what color is the shape?")
         assert asked.exit_code == 0, asked.output
