@@ -147,9 +147,10 @@ def predict(
 ) -> None:
     """Answer questions about images, videos or sounds. RUN may be an exported folder.
 
-    PATH is a file, a folder of them, or a .jsonl file with `media` and `prompt` in each line. Of a
-    run with several sources, the one of that modality is asked. Of many files, those that cannot be
-    used get a line on standard error each, and the exit code is 2.
+    PATH is a file, a folder of them, or a .jsonl file with `media` and `prompt` in each line; `-`:
+    such lines from standard input. Of a run with several sources, the one of that modality is
+    asked. Of many files, those that cannot be used get a line on standard error each, and the exit
+    code is 2.
     """
     from epalm.evaluate.predict import Predictor
     from epalm.evaluate.predict_inputs import asked
@@ -190,12 +191,14 @@ def run(recipe: Path, overrides: tuple[str, ...], overwrite: bool, max_steps: in
     from epalm.data.sources import load_sources
     from epalm.evaluate.scores import evaluation_examples, evaluation_metrics
     from epalm.train.check import check_training
+    from epalm.train.run import Run
 
     loaded = load_recipe(recipe, overrides)
     dataset = load_sources(loaded)
     check_training(loaded, dataset)  # before hours are spent
     evaluation_examples(loaded, dataset)
     evaluation_metrics(loaded, dataset)
+    Run.planned(loaded, overwrite)
     stages.join(loaded)
     stages.extract(loaded)
     finished, parts = stages.train(loaded, overwrite, max_steps)
@@ -262,7 +265,10 @@ def sweep(file: Path, together: int, overrides: tuple[str, ...]) -> None:
     from epalm.train.together import groups
 
     runs = load_sweep(file, overrides)
-    targets = [Run.create(planned.recipe) for planned in runs]
+    accelerator = stages.join(runs[0].recipe)
+    create = Run.create if accelerator.is_main_process else Run.of
+    targets = [create(planned.recipe) for planned in runs]
+    accelerator.wait_for_everyone()
     left = [number for number, run in enumerate(targets) if not is_scored(run)]
     click.echo(f"{len(runs)} runs, {len(runs) - len(left)} of them done")
     for group in groups([targets[number].recipe for number in left], together):
@@ -271,8 +277,9 @@ def sweep(file: Path, together: int, overrides: tuple[str, ...]) -> None:
             click.echo(f"{1 + targets.index(run)} of {len(runs)}: {run.folder}")
             stages.extract(run.recipe)
         stages.train_and_evaluate([run.recipe for run in chosen])
-    done = [(r.labels, read_scores(Run.of(r.recipe))) for r in runs]
-    click.echo(compare(done))
+    if accelerator.is_main_process:  # the others have nobody's scores
+        done = [(r.labels, read_scores(Run.of(r.recipe))) for r in runs]
+        click.echo(compare(done))
 
 
 @main.command("compare")
@@ -284,19 +291,21 @@ def sweep(file: Path, together: int, overrides: tuple[str, ...]) -> None:
 )  # fmt: skip
 def compare_runs(folders: tuple[Path, ...], paired: bool, out: Path | None) -> None:
     """Print runs' scores side by side."""
-    from epalm.evaluate.compare import compare, read_scores
+    from epalm.evaluate.compare import compare, named, read_scores, unlike
     from epalm.train.run import Run
 
     runs = [Run.open(folder, trained=False) for folder in folders]
     if paired and len(runs) != 2:
         raise EpalmError(f"compare --paired: takes two runs, not {len(runs)}")
-    tables = [compare([({"run": run.recipe.name}, read_scores(run)) for run in runs])]
+    names, scores = named(runs), [read_scores(run) for run in runs]
+    tables = [compare([({"run": n}, each) for n, each in zip(names, scores, strict=True)])]
+    tables += filter(None, [unlike(names, scores)])
     if paired:
         from epalm.evaluate.significance import differences, format_differences
 
         first, second = runs
         found = differences(first, second)
-        tables.append(format_differences(first.recipe.name, second.recipe.name, found))
+        tables.append(format_differences(names[0], names[1], found))
     click.echo("\n\n".join(tables))
     if out:
         from epalm.evaluate.compare_figure import draw

@@ -18,22 +18,23 @@ Runs are called NAME-lin-causal-0 and so on, and are ordinary runs otherwise.
 import itertools
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import yaml
 from pydantic import Field, ValidationError
 
-from epalm.config import Recipe, Section, load_recipe
+from epalm.config import Name, Recipe, Section, load_recipe
+from epalm.config.mistakes import describe_mistakes
+from epalm.config.read_yaml import read_yaml
 from epalm.errors import EpalmError
 
 
 class Sweep(Section):
     """See above."""
 
-    name: str = Field(pattern=r"^[\w.-]+$", description="before the names of its runs")
+    name: Name = Field(description="before the names of its runs")
     base: str = Field(description="recipe that all runs extend, relative to this file")
     set: dict[str, Any] = Field({}, description="dotted recipe fields that all runs change")
-    axes: dict[str, dict[str, dict[str, Any]]] = Field(
+    axes: dict[str, Annotated[dict[str, dict[str, Any]], Field(min_length=1)]] = Field(
         {}, description="by axis and value, the dotted recipe fields that the value changes"
     )
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="a run for each")
@@ -54,29 +55,33 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> list[SweepRun]:
         overrides: as in `load_recipe`; they count in all runs, before the axes.
 
     Raises:
-        EpalmError: not a sweep, or one of its recipes is none.
+        EpalmError: not a sweep, one of its recipes is none, or two of its runs have one name.
     """
     try:
-        sweep = Sweep.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        sweep = Sweep.model_validate(read_yaml(path.read_text(encoding="utf-8"), str(path)))
     except FileNotFoundError:
         raise EpalmError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise EpalmError(f"{path}: not YAML ({error})") from None
+    except UnicodeDecodeError as error:
+        raise EpalmError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        lines = [f"  {line}" for line in describe_mistakes(error, Sweep)]
         raise EpalmError("\n".join([f"{path}: not a sweep", *lines])) from None
-    runs = []
+    runs: dict[str, SweepRun] = {}
     for seed in sweep.seeds:
         for values in itertools.product(*sweep.axes.values()):
             labels = dict(zip(sweep.axes, values, strict=True))
             name = "-".join([sweep.name, *values, str(seed)])
+            if name in runs:  # a comparison would count it twice
+                raise EpalmError(
+                    f"{path}: two runs are called {name}; rename a value, or drop a seed"
+                )
             changed = [*_assignments(sweep.set), *overrides]
             for axis, value in labels.items():
                 changed += _assignments(sweep.axes[axis][value])
             changed += _assignments({"name": name, "seed": seed})
             recipe = load_recipe(path.parent / sweep.base, tuple(changed))
-            runs.append(SweepRun(labels, seed, recipe))
-    return runs
+            runs[name] = SweepRun(labels, seed, recipe)
+    return list(runs.values())
 
 
 def _assignments(fields: dict[str, Any]) -> list[str]:

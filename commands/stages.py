@@ -8,6 +8,8 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from accelerate import Accelerator
+
     from epalm.config import Recipe
     from epalm.train.loop import Training
     from epalm.train.parts import Parts
@@ -48,15 +50,17 @@ def extract_source(recipe: "Recipe", retry_failed: bool, planned_only: bool) -> 
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     click.echo(
         f"extract: {report.encoded} media in {report.total_seconds:.1f} s ({stages}), "
-        f"{report.found} found, {len(report.failed)} failed; in {features.folder}"
+        f"{report.found} were there, {len(report.failed)} failed; in {features.folder}"
     )
 
 
-def join(recipe: "Recipe") -> None:
+def join(recipe: "Recipe") -> "Accelerator":
     """Join the processes that were started together, if any; one of them speaks."""
     from epalm.train.processes import hush, join_processes
 
-    hush(join_processes(recipe.device))
+    accelerator = join_processes(recipe.device)
+    hush(accelerator)
+    return accelerator
 
 
 def train(recipe: "Recipe", overwrite: bool, max_steps: int | None) -> tuple["Run", "Parts"]:
@@ -89,13 +93,15 @@ def train_and_evaluate(recipes: "list[Recipe]") -> None:
 def _training(parts: "Parts", overwrite: bool, max_steps: int | None) -> "Training":
     from epalm.evaluate.scores import evaluation_metrics, validate
     from epalm.train.batches import TrainingBatches
+    from epalm.train.check import check_splits
     from epalm.train.loop import Training
     from epalm.train.run import Run
     from epalm.train.step import pieces_of_batch
     from epalm.train.text_states import open_text_states
 
     recipe = parts.recipe
-    pieces_of_batch(recipe.train, parts.accelerator)  # before an old run is replaced
+    check_splits(parts.dataset, recipe)  # before an old run is replaced
+    pieces_of_batch(recipe.train, parts.accelerator)
     evaluation_metrics(recipe, parts.dataset)
     examples = parts.dataset.split("train")
     batches = TrainingBatches(examples, parts.features, parts.codec, recipe, parts.device)

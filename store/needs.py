@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from epalm.store.atomic import write_atomic
+from epalm.store.atomic import locked, write_atomic
 from epalm.store.column import Column
 from epalm.store.feature_set import FeatureSet
 
@@ -47,7 +47,8 @@ def note_need(features: FeatureSet, run: Path, shards: Mapping[str, Sequence[int
     run = run.resolve()
     name = hashlib.sha256(str(run).encode()).hexdigest()[:16]
     text = json.dumps({"run": str(run), "shards": shards})
-    write_atomic(features.folder / "runs" / f"{name}.json", text)
+    with locked(features.folder / ".lock"):  # processes that train together write it all at once
+        write_atomic(features.folder / "runs" / f"{name}.json", text)
 
 
 def needs(features: FeatureSet) -> list[Need]:

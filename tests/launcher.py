@@ -3,9 +3,9 @@
     python launcher.py FOLDER < jobs.json
 
 It preloads the libraries and forks, so that a job costs what the work costs. A job is
-`{"arguments": [...]}`, with "fails": RANK, "never_scores": RANK or "spare": true where processes
-are to be changed; what process r of job n writes is in FOLDER/n/r.txt, and the exit codes of its
-processes are printed as one JSON list per job.
+`{"arguments": [...]}`, with "fails": RANK, "never_scores": RANK, "never_decodes": RANK or
+"spare": true where processes are to be changed; what process r of job n writes is in
+FOLDER/n/r.txt, and the exit codes of its processes are printed as one JSON list per job.
 """
 
 import json
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import epalm.evaluate.scores
+import epalm.train.online
 from epalm.errors import EpalmError
 from epalm.model.connection import Connection
 from epalm.train.batches import Batch, TrainingBatches
@@ -62,6 +63,15 @@ def never_score() -> None:
     epalm.evaluate.scores._validation_score = failing
 
 
+def never_decode() -> None:
+    """Let this process fail where it looks for media that cannot be decoded."""
+
+    def failing(*_: object) -> NoReturn:
+        raise AssertionError("only the main process looks")
+
+    epalm.train.online.undecodable = failing
+
+
 def work(job: dict[str, Any], rank: int, port: int, output: Path) -> None:
     """Be process `rank` of a job; does not return."""
     os.environ |= {
@@ -85,6 +95,8 @@ def work(job: dict[str, Any], rank: int, port: int, output: Path) -> None:
             fail_at(2)
         if job.get("never_scores") == rank:
             never_score()
+        if job.get("never_decodes") == rank:
+            never_decode()
         main(job["arguments"])
     except SystemExit as end:
         code = int(end.code or 0)

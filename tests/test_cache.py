@@ -392,7 +392,7 @@ def test_a_full_disk_loses_nothing(cli: Cli, toy: Toy, small_disk: Path, backend
     assert 0 < kept < 12
     output = ok(cli("extract", recipe))
     assert f"extract: {12 - kept} media" in output
-    assert f"{kept} found" in output
+    assert f"{kept} were there" in output
     ok(cli("cache", "verify", recipe, "--deep"))
     assert not list(small_disk.rglob("*.partial"))
     assert loaded.store.backend == backend

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from epalm.config import load_recipe
+from epalm.train.run import Run
+
 Cli = Callable[..., Result]
 Toy = Callable[..., Path]
 
@@ -98,7 +101,7 @@ def test_missing_and_broken_image(cli: Cli, toy: Toy, tmp_path: Path) -> None:
         cli("extract", recipe), "2 media", "images/3.png", "images/4.png", "data.bad_media=skip"
     )
     assert all(path.read_bytes() == content for path, content in before.items())
-    refused(cli("predict", tmp_path, "--image", "x", "--ask", "y"), "not a run folder")
+    refused(cli("predict", tmp_path, "--image", recipe, "--ask", "y"), "not a run folder")
 
 
 def test_question_file_with_a_missing_field(cli: Cli, toy: Toy, tmp_path: Path) -> None:
@@ -170,7 +173,8 @@ def test_what_does_not_fit(cli: Cli, toy: Toy, override: str, words: list[str]) 
 def test_lm_folder_that_is_none(cli: Cli, toy: Toy, tmp_path: Path, vit_folder: Path) -> None:
     recipe = toy()
     cli("extract", recipe)
-    refused(cli("train", recipe, "--set", f"lm.weights={vit_folder}"), "cannot be loaded")
+    for command in ("train", "run"):
+        refused(cli(command, recipe, "--set", f"lm.weights={vit_folder}"), "cannot be loaded")
     refused(cli("train", recipe, "--set", f"lm.weights={recipe}"), "neither a model folder nor")
 
 
@@ -222,6 +226,42 @@ def test_training_is_checked_first(
 ) -> None:
     refused(cli("run", toy(), "--set", override), *words)
     assert not (tmp_path / "features").exists()
+
+
+def test_run_folder_is_checked_first(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy()
+    Run.create(load_recipe(recipe))
+    refused(cli("run", recipe, "--set", "train.lr=1"), "run of another recipe", "train.lr: 0.01")
+    refused(cli("run", recipe, "--set", f"runs={recipe}"), f"runs: {recipe} is no folder")
+    assert not (tmp_path / "features").exists()
+
+
+def test_a_trained_run_takes_no_settings_of_training(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    run, image = Run.create(load_recipe(toy())), tmp_path / "images" / "0.png"
+    for command in (("evaluate",), ("predict", "--image", image, "--ask", "what?")):
+        refused(cli(*command, run.folder, "--set", "train.lr=1"), "train.lr=1: has no effect")
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("train", "data: there are no train examples; splits that have some: val, test"),
+        ("val", "train.patience: there are no val examples"),
+    ],
+)
+def test_splits_are_checked_before_anything_is_replaced(
+    cli: Cli, toy: Toy, tmp_path: Path, gone: str, message: str
+) -> None:
+    recipe, data = toy(), tmp_path / "toy.jsonl"
+    cli("extract", recipe)
+    begun = Run.create(load_recipe(recipe)).folder / "recipe.yaml"
+    data.write_text(
+        "".join(f"{x}\n" for x in data.read_text().splitlines() if f'"{gone}"' not in x)
+    )
+    patient = ("--set", "train.patience=1", "--set", "train.val_every=1")
+    for command in ("run", "train"):
+        refused(cli(command, recipe, *patient, "--overwrite"), message)
+    assert begun.is_file()
 
 
 def test_prompts_are_checked_first(cli: Cli, toy: Toy, tmp_path: Path, opt_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,6 +41,26 @@ def recipe(toy: Toy, cli: Cli) -> Path:
     path = toy(decode={"max_new_tokens": 3, "batch_size": 4}, train={"val_every": 3})
     assert cli("extract", path).exit_code == 0
     return path
+
+
+@pytest.fixture
+def sweep(recipe: Path) -> Path:
+    """Of one run, with text states."""
+    path = recipe.with_name("sweep.yaml")
+    path.write_text(
+        "name: swept\nbase: toy.yaml\nset: {variant.prompt_length: 0, train.text_states: always, "
+        "train.steps: 2, evaluate.control: false}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def broken(recipe: Path) -> Path:
+    """The recipe's dataset, where 6 of its 8 training images are none."""
+    copy = shutil.copytree(recipe.with_name("images"), recipe.with_name("broken") / "images")
+    for number in range(6):
+        (copy / f"{number}.png").write_bytes(f"no image {number}".encode())
+    return shutil.copy(recipe.with_name("toy.jsonl"), copy.parent)
 
 
 @pytest.fixture
@@ -87,19 +108,26 @@ def assert_alike(one: Path, other: Path) -> None:
 
 def test_two_processes_do_what_one_does(
     recipe: Path,
+    sweep: Path,
+    broken: Path,
     cli: Cli,
     launch: Callable[..., list[Launched]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stuck = ("--set", "train.lr=1e-9", "--set", "train.val_every=1", "--set", "train.patience=2")
-    whole, patient, cut, failing, device, spread = launch(
+    online = ("--max-steps", "1", "--set", "encoder.online=true", "--set", "encoder.workers=1",
+              "--set", f"data.path={broken}", "--set", "data.name=broken", "--set",
+              "data.bad_media=skip")  # fmt: skip
+    whole, patient, cut, failing, device, spread, swept, skipping = launch(
         {"arguments": arguments("run", recipe, "two", "--set", "train.accumulate=2")},
         {"arguments": arguments("train", recipe, "patient", *stuck), "never_scores": 1},
         {"arguments": arguments("train", recipe, "cut", "--max-steps", "3"), "spare": True},
         {"arguments": arguments("train", recipe, "failing"), "fails": 1},
         {"arguments": arguments("train", recipe, "device", "--set", "device=cuda:1")},
         {"arguments": arguments("train", recipe, "spread", "--set", "lm.device_map=auto")},
+        {"arguments": ["sweep", str(sweep)]},
+        {"arguments": arguments("train", recipe, "online", *online), "never_decodes": 1},
     )
     runs = tmp_path / "runs"
 
@@ -131,6 +159,15 @@ def test_two_processes_do_what_one_does(
     assert device.codes == spread.codes == [2, 2]
     assert "device: 'cuda:1' is one device, but there are 2 processes" in device.output[0]
     assert "lm.device_map: one process has all devices" in spread.output[0]
+
+    # one makes the runs of a sweep and compares them; both make the text states that they need
+    assert swept.codes == [0, 0], swept.output
+    assert "text states: " in swept.output[0] and "runs  trained" in swept.output[0]
+    assert "runs  trained" not in swept.output[1]
+
+    # both leave out the media that one of them cannot decode
+    assert skipping.codes == [0, 0], skipping.output
+    assert "6 media that cannot be decoded are left out" in skipping.output[0]
 
     # a run goes on with another number of processes, here with a parameter that has no part in the
     # loss

@@ -52,10 +52,13 @@ def test_every_combination_seed_by_seed(toy: Callable[..., Path]) -> None:
     ("changes", "word"),
     [
         ({"seeds": []}, "seeds: "),
-        ({"axis": {}}, "axis: Extra inputs"),
+        ({"axis": {}}, "axis: unknown key; did you mean axes"),
         ({"base": "none.yaml"}, r"none\.yaml"),
         ({"set": {"train.step": 1}}, "did you mean steps"),
         ({"axes": {"a": {"b": 3}}}, r"axes\.a\.b: "),
+        ({"axes": {"a": {}}}, r"axes\.a: "),
+        ({"seeds": [3, 4, 3], "axes": {}}, "two runs are called s-3"),
+        ({"axes": {"a": {"x": {}, "x-y": {}}, "b": {"y-z": {}, "z": {}}}}, "called s-x-y-z-3"),
     ],
 )
 def test_bad_sweeps(toy: Callable[..., Path], changes: dict, word: str) -> None:

@@ -13,7 +13,7 @@ from epalm.errors import EpalmError
 from epalm.evaluate.scores import validate
 from epalm.model.text import TextCodec
 from epalm.train.batches import TrainingBatches
-from epalm.train.checkpoint import Progress, load_weights
+from epalm.train.checkpoint import Progress, load_weights, save_weights
 from epalm.train.optimiser import learning_rates, make_optimiser
 from epalm.train.parts import Parts, assemble
 from epalm.train.run import Run
@@ -201,6 +201,17 @@ def test_a_run_of_another_recipe_is_not_touched(prepare: Callable[..., Parts]) -
         Run.create(changed)
     assert run.last.is_file()
     assert not Run.create(changed, overwrite=True).last.exists()
+
+
+def test_imported_weights_are_not_trained_over(prepare: Callable[..., Parts]) -> None:
+    parts = prepare("train.steps=1")
+    run = Run.create(parts.recipe)
+    save_weights(run.best, parts.model, Progress())  # as import-official leaves it
+    before = run.best.read_bytes()
+    with pytest.raises(EpalmError, match="were imported.*--overwrite"):
+        fit(Run.create(parts.recipe), parts, validate)
+    assert run.best.read_bytes() == before
+    assert fit(Run.create(parts.recipe, overwrite=True), parts, validate).step == 1
 
 
 def test_without_validation_the_last_weights_are_the_best(prepare: Callable[..., Parts]) -> None:

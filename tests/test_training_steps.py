@@ -188,9 +188,6 @@ def test_patience_ends_a_training(prepare: Prepare, capsys: pytest.CaptureFixtur
 def test_patience_needs_validations(prepare: Prepare) -> None:
     with pytest.raises(EpalmError, match="set val_every too"):
         prepare("train.patience=3")
-    parts = prepare("train.val_every=1", "train.patience=3")
-    with pytest.raises(EpalmError, match=r"train\.patience: the dataset has no val split"):
-        fit(Run.create(parts.recipe), parts, None)
 
 
 def test_what_is_printed(prepare: Prepare, capsys: pytest.CaptureFixture[str]) -> None:

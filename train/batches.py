@@ -68,7 +68,7 @@ def check_examples(examples: Sequence[Example], recipe: Recipe) -> None:
     if len(examples) < recipe.train.batch_size:
         raise EpalmError(
             f"train.batch_size: {recipe.train.batch_size} wanted, the dataset has only "
-            f"{len(examples)} training examples"
+            f"{len(examples)} training examples; make it smaller"
         )
 
 

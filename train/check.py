@@ -3,6 +3,7 @@
 from epalm.config import Recipe
 from epalm.data.example import Dataset
 from epalm.device import choose_device
+from epalm.errors import EpalmError
 from epalm.extract.encoder import describe
 from epalm.model.augmented import AugmentedLM
 from epalm.model.load import lm_dtype, lm_without_weights, load_tokenizer
@@ -12,13 +13,26 @@ from epalm.train.batches import check_examples
 from epalm.train.parts import check_prompts, room_of
 
 
+def check_splits(dataset: Dataset, recipe: Recipe) -> None:
+    """EpalmError when there is nothing to train on, or to lose patience with."""
+    if not dataset.split("train"):
+        there = ", ".join(dataset.counts())
+        raise EpalmError(f"data: there are no train examples; splits that have some: {there}")
+    if recipe.train.patience is not None and not dataset.split("val"):
+        raise EpalmError(
+            "train.patience: there are no val examples to lose it with; data.val_from_train holds "
+            "some out"
+        )
+
+
 def check_training(recipe: Recipe, dataset: Dataset) -> None:
     """Put the recipe's model together without the LM's weights, and look at its prompts.
 
     Raises:
-        EpalmError: there are too few examples; LM, tokenizer or encoder cannot be had; the variant
-            does not fit them; a prompt has no token or no room.
+        EpalmError: there are too few examples, or none of a split; LM, tokenizer or encoder cannot
+            be had; the variant does not fit them; a prompt has no token or no room.
     """
+    check_splits(dataset, recipe)
     check_examples(dataset.split("train"), recipe)
     specs = {name: describe(alone) for name, alone in recipe.sources().items()}
     spec: FeatureSpec | JointSpec = JointSpec(specs) if recipe.also else next(iter(specs.values()))

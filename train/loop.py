@@ -50,6 +50,10 @@ class Training:
         batches: by step.
         validate: None where the dataset has no validation split; then the last weights are best.
         max_steps: stop after this step of the recipe's, to go on another time.
+
+    Raises:
+        EpalmError: the run is of other features, its last checkpoint cannot be read, or its weights
+            were imported.
     """
 
     def __init__(
@@ -61,8 +65,6 @@ class Training:
         max_steps: int | None = None,
     ):
         config, accelerator = run.recipe.train, parts.accelerator
-        if config.patience is not None and validate is None:
-            raise EpalmError("train.patience: the dataset has no val split to lose patience with")
         self.run, self.parts, self.batches, self.validate = run, parts, batches, validate
         run.writes = accelerator.is_main_process
         run.bind_features(parts.features.spec)
@@ -70,6 +72,11 @@ class Training:
             run.add_stage("extract", parts.features.extraction)
         self.optimiser = make_optimiser(parts.model, config)
         found = run.last.is_file()
+        if run.best.is_file() and not found and not run.metrics.is_file():
+            raise EpalmError(
+                f"{run.folder}: holds weights that were imported, and a training would replace "
+                "them; choose another name (--set name=…), or give them up with --overwrite"
+            )
         self.progress = load_state(run.last, parts.model, self.optimiser) if found else Progress()
         accelerator.wait_for_everyone()  # all have read what the main process will replace
         self.first = self.progress.step

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from epalm.config import Recipe
@@ -170,14 +171,19 @@ def open_online(
             features = FeatureSet.create(Path(recipe.store.root), spec, layout)
             found = hash_media(dataset, features)
             media_of = {e.content_hash: dataset.media[m] for m, e in found.media.items()}
-            reasons = undecodable(features, media_of, pool, largest)
+            main = accelerator.is_main_process
+            reasons = undecodable(features, media_of, pool, largest) if main else {}
         failed = {media: failure.reason for media, failure in found.unreadable.items()}
-        files = {}
         for media, entry in found.media.items():
             if entry.content_hash in reasons:
                 failed[media] = reasons[entry.content_hash]
-            else:
-                files[media] = (dataset.media[media], entry.content_hash)
+        # a decoder may be stuck in one process alone, and all must learn from the same examples
+        (failed,) = broadcast_object_list([failed])
+        files = {
+            media: (dataset.media[media], entry.content_hash)
+            for media, entry in found.media.items()
+            if media not in failed
+        }
         if failed and recipe.data.bad_media == "stop":
             raise EpalmError(_bad_media_message(failed, features))
         stack.pop_all()

@@ -14,6 +14,7 @@ RUNS/NAME/
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,17 +50,29 @@ class Run:
 
     @classmethod
     def create(cls, recipe: Recipe, overwrite: bool = False) -> "Run":
-        """The recipe's run folder: a new one, or the one to resume.
+        """The recipe's run folder: a new one, or the one to resume; EpalmError as in `planned`."""
+        run = cls.planned(recipe, overwrite)
+        written = run.folder / "recipe.yaml"
+        if written.is_file() and overwrite:
+            shutil.rmtree(run.folder)
+        write_atomic(written, dump_recipe(recipe))
+        return run
+
+    @classmethod
+    def planned(cls, recipe: Recipe, overwrite: bool = False) -> "Run":
+        """The run that `create` would begin or resume.
 
         Raises:
-            EpalmError: the folder holds a run of another recipe, or something else.
+            EpalmError: it cannot be written to, or holds something else, or a run of another recipe
+                that is not to be overwritten.
         """
         run = cls.of(recipe)
         folder = run.folder
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise EpalmError(f"runs: {there} is no folder that can be written to; set another")
         written = folder / "recipe.yaml"
-        if written.is_file() and overwrite:
-            shutil.rmtree(folder)
-        if written.is_file():
+        if written.is_file() and not overwrite:
             differences = _differences(load_recipe(written), recipe)
             if differences:
                 lines = "\n".join(f"  {line}" for line in differences)
@@ -67,9 +80,8 @@ class Run:
                     f"{folder}: holds a run of another recipe:\n{lines}\nchoose another name "
                     "(--set name=…), or replace that run with --overwrite"
                 )
-        elif folder.is_dir() and any(folder.iterdir()):
+        elif not written.is_file() and folder.is_dir() and any(folder.iterdir()):
             raise EpalmError(f"{folder}: not empty and not a run; choose another name")
-        write_atomic(written, dump_recipe(recipe))
         return run
 
     @classmethod
@@ -81,15 +93,23 @@ class Run:
     def open(
         cls, folder: str | Path, overrides: tuple[str, ...] = (), trained: bool = True
     ) -> "Run":
-        """An existing run; EpalmError when the folder is none or holds no trained weights.
+        """An existing run.
 
         Args:
+            overrides: as in `load_recipe`.
             trained: False: only what was written of it is wanted, its weights need not be there.
+
+        Raises:
+            EpalmError: the folder is none, or holds no trained weights; or an override is about
+                training, which is over.
         """
         folder = Path(folder)
         if not (folder / "recipe.yaml").is_file():
             raise EpalmError(f"{folder}: not a run folder (no recipe.yaml)")
         run = cls(folder, load_recipe(folder / "recipe.yaml", overrides))
+        for override in overrides:
+            if override.lstrip().startswith("train."):
+                raise EpalmError(f"--set {override}: has no effect on a trained run; leave it out")
         if trained and not (run.last.is_file() or run.best.is_file()):
             raise EpalmError(f"{folder}: holds no trained weights ({run.last}); run `train` first")
         return run
