@@ -187,7 +187,7 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
             self._run(self.upper[-1:], hidden, upper, cache, prefix)
         cache.prefix_in_first_layer = cache.get_seq_length()
         if rows is not None:
-            cache.take(self.upper, rows)
+            cache.take_later(self.upper, rows)
         return cache
 
     def extend(
@@ -363,7 +363,7 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
         queries = input_ids.shape[1]
         if cache is not None and cache.get_seq_length() == 0:
             only = input_ids.new_zeros(len(input_ids))
-            cache.take(self.lower, only if cache.owner is None else cache.owner)
+            cache.take_later(self.lower, only if cache.owner is None else cache.owner)
         positions = _positions(attention_mask)[:, -queries:]
         hidden = self.family.embed_text(input_ids, positions)
         tokens = cache.perceptual if cache is not None else 0

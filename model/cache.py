@@ -31,6 +31,10 @@ class PrefixCache(DynamicCache):
     owner: torch.Tensor | None = None
     _keys_only = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows_to_come: dict[int, torch.Tensor] = {}
+
     @contextmanager
     def keys_only(self) -> Iterator[None]:
         """Within it, a layer that is called ends once its keys and values are kept.
@@ -46,8 +50,14 @@ class PrefixCache(DynamicCache):
         finally:
             self._keys_only = False
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        found: tuple[torch.Tensor, torch.Tensor] = super().update(*args, **kwargs)
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *others: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer_idx in self._rows_to_come:
+            self.take(range(layer_idx, layer_idx + 1), self._rows_to_come.pop(layer_idx))
+        found: tuple[torch.Tensor, torch.Tensor] = super().update(
+            key_states, value_states, layer_idx, *others
+        )
         if self._keys_only:
             raise _KeysKept
         return found
@@ -64,3 +74,8 @@ class PrefixCache(DynamicCache):
                 own = rows.to(layer.keys.device)  # another one where the LM is spread over several
                 layer.keys = layer.keys.index_select(0, own)
                 layer.values = layer.values.index_select(0, own)
+
+    def take_later(self, layers: range, rows: torch.Tensor) -> None:
+        """`take` in each of these layers not before it grows: one at a time is many times as big,
+        not all of them."""
+        self._rows_to_come.update(dict.fromkeys(layers, rows))

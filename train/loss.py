@@ -1,12 +1,19 @@
-"""Cross-entropy of the text, with logits made only where there is a label."""
+"""Cross-entropy of the text, with logits made only where there is a label, and not all at once."""
+
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from epalm.model.augmented import AugmentedLM
 from epalm.model.connection import Features
+from epalm.model.families.base import LMFamily
+from epalm.model.relu import lean_relus
 from epalm.model.text import Equal
 from epalm.train.batches import Batch
+
+_PIECE = 128  # labels whose logits are made at once: few for memory, yet enough for fast products
 
 
 def losses_of(model: AugmentedLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,15 +53,50 @@ def example_losses(
             last so many tokens where `last` is given.
         labelled: (N,) where in the flat labels of these the others are; None: looked for.
     """
-    states = model.states(input_ids, attention_mask, features, rows, equal, text_states, last)
+    frozen = "lm" not in model.trained
+    with lean_relus(model.lm) if frozen else nullcontext():
+        states = model.states(input_ids, attention_mask, features, rows, equal, text_states, last)
     if last is not None:
         labels = labels[:, -last:]
     flat = labels.flatten()
     if labelled is None:
         labelled = (flat != -100).nonzero()[:, 0]
-    logits = model.family.logits(states.flatten(0, 1)[labelled])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = cross_entropy(logits, flat[labelled], reduction="none")
+    states, wanted = states.flatten(0, 1)[labelled], flat[labelled]
+    if frozen and states.requires_grad:
+        losses = _InPieces.apply(states, wanted, model.family)
+    else:
+        losses = _losses(states, wanted, model.family)
     row_of = labelled // labels.shape[1]
     sums = losses.new_zeros(len(labels)).index_add(0, row_of, losses)
     return sums, (labels != -100).sum(dim=1)
+
+
+def _losses(states: torch.Tensor, labels: torch.Tensor, family: LMFamily) -> torch.Tensor:
+    """Cross-entropy (N,) of states (N, H) leaving the last layer, and labels (N,)."""
+    logits = family.logits(states)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(logits, labels, reduction="none")
+
+
+class _InPieces(torch.autograd.Function):
+    """`_losses` of a frozen LM: the gradient of each state's loss is made while its logits are at
+    hand, and kept (N, H) in place of logits (N, V)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: torch.Tensor, labels: torch.Tensor, family: LMFamily
+    ) -> torch.Tensor:
+        losses, gradients = [], []
+        for some, wanted in zip(states.split(_PIECE), labels.split(_PIECE), strict=True):
+            some = some.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = _losses(some, wanted, family)
+                gradients += torch.autograd.grad(loss.sum(), some)
+            losses.append(loss.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, factors: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return gradients * factors[:, None].to(gradients.dtype), None, None

@@ -1,0 +1,47 @@
+"""ReLU that keeps one byte for each number for the backward pass, not the number."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class _ReLU(torch.autograd.Function):
+    """In place, and of its output it keeps where that is positive."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(states)
+        ctx.save_for_backward(states.relu_() > 0)
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (positive,) = ctx.saved_tensors
+        # on a CPU in less than half of the time that masked_fill takes
+        kept: torch.Tensor = positive.to(gradient.dtype).mul_(gradient)
+        return kept
+
+
+def _relu(states: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = _ReLU.apply(states) if states.requires_grad else states.relu()
+    return out
+
+
+@contextmanager
+def lean_relus(lm: nn.Module) -> Iterator[None]:
+    """Within it, the ReLUs of a frozen LM (OPT has one a layer) keep for the backward pass only
+    where they are positive: a linear layer needs its input there only if its weights are trained.
+
+    They work in place, for nothing else reads what the linear layer before them gives.
+    """
+    relus = [module for module in lm.modules() if isinstance(module, nn.ReLU)]
+    for relu in relus:
+        relu.forward = _relu
+    try:
+        yield
+    finally:
+        for relu in relus:
+            del relu.forward
