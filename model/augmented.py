@@ -135,7 +135,7 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
     def room(self, perceptual: int = 1) -> Room:
         """Places for text behind so many perceptual tokens of a media."""
         taken = perceptual + self.prompt_length if self.family.prefix_takes_places else 0
-        return Room(self.config.max_position_embeddings, taken)
+        return Room.of(self.config, taken)
 
     def states(
         self,
@@ -404,13 +404,6 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
         extra = self.family.layer_arguments(hidden, places, positions, length)
         return {"attention_mask": mask, **extra}
 
-    def _adapters(self, layers: range, of_prefix: bool) -> AbstractContextManager[None]:
-        """Within it, these layers have their adapters, for the prefix or for the text after it."""
-        if "adapters" not in self.trained:
-            return nullcontext()
-        adapters: Adapters = self.trained["adapters"]
-        return adapters.attached(self.family, layers)
-
     def _run(
         self,
         layers: range,
@@ -428,7 +421,10 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
             cache: grows in every layer.
             prefix: what `hidden` has before the text; None: it is in the cache already.
         """
-        with self._adapters(layers, prefix is not None):
+        adapted: AbstractContextManager[None] = nullcontext()
+        if "adapters" in self.trained:
+            adapted = self.trained["adapters"].attached(self.family, layers)
+        with adapted:
             for index in layers:
                 if prefix is not None:
                     hidden = prefix.enter(index, hidden)

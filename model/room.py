@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from epalm.errors import EpalmError
 from epalm.model.text import TextCodec
@@ -21,6 +21,17 @@ class Room(NamedTuple):
 
     positions: int
     taken: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, taken: int) -> "Room":
+        """An LM's; where layers see only the last tokens (a sliding window, as some of Mistral's
+        and Qwen's have), it ends with their window, within which they see what all others see."""
+        positions = config.max_position_embeddings
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+        if window and "sliding_attention" in kinds:
+            positions = min(positions, window)
+        return cls(positions, taken)
 
     def check_training(self, longest: int) -> None:
         """EpalmError when there is no room for so many tokens of a prompt and its answer."""

@@ -8,7 +8,7 @@ of their losses gives each run the gradient that it would have alone.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch import nn
 from epalm.device import send
 from epalm.model.adapters import Adapter, Adapters, attached
 from epalm.model.augmented import AugmentedLM
+from epalm.model.cache import PrefixCache
 from epalm.model.connection import Features
 from epalm.model.prefix import Prefix
 from epalm.model.text import Equal
@@ -50,7 +51,7 @@ class SharedFeatures(NamedTuple):
 class SharedLM(AugmentedLM):
     """Runs of one variant on one LM; `trained` holds the trained parts of each.
 
-    Its `states` and `_prefix` take the features of several runs alone; hence the overrides.
+    Its `states` and `_prefix` take the features of several runs alone; `states` is the one way in.
 
     Args:
         models: of the runs, all with the same LM and with the causal mask.
@@ -87,7 +88,19 @@ class SharedLM(AugmentedLM):
         prompts = torch.stack([model.prompts() for model in self._models], dim=1)
         return Prefix(self.plan, tokens, prompts, _owners(features.rows.media, self.device))
 
-    def _adapters(self, layers: range, of_prefix: bool) -> AbstractContextManager[None]:
+    def _run(
+        self,
+        layers: range,
+        hidden: torch.Tensor,
+        call: dict[str, Any],
+        cache: PrefixCache | None,
+        prefix: Prefix | None = None,
+    ) -> torch.Tensor:
+        with self._side_by_side(layers, prefix is not None):
+            return super()._run(layers, hidden, call, cache, prefix)
+
+    def _side_by_side(self, layers: range, of_prefix: bool) -> AbstractContextManager[None]:
+        """Within it, these layers have all runs' adapters, for the prefix or the text after it."""
         if "adapters" not in self._models[0].trained:
             return nullcontext()
         below = layers.stop <= self.plan.start

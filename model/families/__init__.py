@@ -8,14 +8,13 @@ from epalm.model.families.gpt2 import GPT2Family
 from epalm.model.families.gpt_neox import GPTNeoXFamily
 from epalm.model.families.llama import LlamaFamily
 from epalm.model.families.opt import OPTFamily
-from epalm.model.families.windowed import WindowedFamily
 
 FAMILIES: dict[str, type[LMFamily]] = {
     "opt": OPTFamily,
     "llama": LlamaFamily,  # TinyLlama, Vicuna, SmolLM2 too
-    "mistral": WindowedFamily,
-    "qwen2": WindowedFamily,
-    "qwen3": WindowedFamily,
+    "mistral": LlamaFamily,
+    "qwen2": LlamaFamily,
+    "qwen3": LlamaFamily,
     "gemma": LlamaFamily,  # its embedding scales the words itself; a soft prompt is not scaled
     "gpt2": GPT2Family,
     "gpt_neox": GPTNeoXFamily,  # Pythia

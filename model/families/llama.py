@@ -1,4 +1,4 @@
-"""Llama-like LMs: rotary positions.
+"""Llama-like LMs, such as Mistral and Qwen: rotary positions.
 
 Only distances count there, so the text may start anywhere: t perceptual tokens and P prompt tokens
 take the places before it, in their order from 0, and the text follows at t + P. Distances within
