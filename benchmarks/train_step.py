@@ -12,7 +12,8 @@ naive            [token | prompt | text] of every example at once, all logits, a
                  down to the words
 logits           logits only where there is a label
 graph            no graph below the lowest trained input; nothing to gain where a prompt is trained
-prefix           prefix once per media, prompt below the first injection layer once per step
+prefix           prefix once per media, prompt below the first injection layer once per step; from
+                 here on the ReLUs keep booleans, and logits are made 128 labels at a time
 last             in the last layer, keys and values alone where no token is predicted from: with it,
                  the step that `train` takes
 states           and text states at the first injection layer from their cache, as `train` has them
