@@ -76,6 +76,6 @@ class PrefixCache(DynamicCache):
                 layer.values = layer.values.index_select(0, own)
 
     def take_later(self, layers: range, rows: torch.Tensor) -> None:
-        """`take` in each of these layers not before it grows: one at a time is many times as big,
-        not all of them."""
+        """`take`, but in each of these layers only when it next grows: so no more than one layer's
+        rows stand there before the text that they are for."""
         self._rows_to_come.update(dict.fromkeys(layers, rows))

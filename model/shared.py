@@ -64,6 +64,7 @@ class SharedLM(AugmentedLM):
         self.trained = nn.ModuleDict({str(i): model.trained for i, model in enumerate(models)})
         self._models = tuple(models)  # in a tuple they are no part of this module
 
+    # of several runs' features, where AugmentedLM's takes those of one
     def states(  # type: ignore[override]
         self,
         input_ids: torch.Tensor,
@@ -80,6 +81,7 @@ class SharedLM(AugmentedLM):
         cache.owner = _owners(features.rows.different, self.device)
         return self.extend(cache, input_ids, attention_mask, False, equal, text_states, last)
 
+    # as `states`
     def _prefix(  # type: ignore[override]
         self, features: SharedFeatures, rows: torch.Tensor | None = None
     ) -> Prefix:
