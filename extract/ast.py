@@ -29,8 +29,8 @@ from epalm.extract.ast_weights import (
     to_hf,
 )
 from epalm.extract.audio import FbankPreprocess, audio_numbers
-from epalm.extract.encoder import Encoder
-from epalm.extract.hf_folder import hf_config, hf_extractor, hf_model, weights_in
+from epalm.extract.encoder import Encoder, weights_file
+from epalm.extract.hf_folder import WEIGHTS, hf_config, hf_extractor, hf_model
 from epalm.store.spec import FeatureSpec
 
 DEFAULT = "hf:MIT/ast-finetuned-audioset-10-10-0.4593"
@@ -76,7 +76,7 @@ def describe(recipe: Recipe, weights_at_hand: bool = True) -> FeatureSpec:
         encoder=f"ast/{config.hidden_size}x{config.num_hidden_layers}",
         encoder_arguments={name: getattr(config, name) for name in _ARGUMENTS},
         encoder_parameters=sum(p.numel() for p in model.parameters()),
-        weights=digest(weights_in(resolve(recipe.encoder.weights))) if weights_at_hand else "",
+        weights=digest(_weights(recipe)) if weights_at_hand else "",
         layers=config.num_hidden_layers,
         tokens=model.embeddings.position_embeddings.shape[1],
         dim=config.hidden_size,
@@ -90,8 +90,8 @@ def describe(recipe: Recipe, weights_at_hand: bool = True) -> FeatureSpec:
 def build(recipe: Recipe, device: torch.device) -> Encoder:
     """See `extract.encoder.build`."""
     config, numbers = _configured(recipe)
-    file = weights_in(resolve(recipe.encoder.weights))
-    if file.name in ("model.safetensors", "pytorch_model.bin"):
+    file = _weights(recipe)
+    if file.name in WEIGHTS:
         model = hf_model(ASTModel, file.parent, config)
     else:
         model = ASTModel(config)
@@ -100,6 +100,11 @@ def build(recipe: Recipe, device: torch.device) -> Encoder:
         except RuntimeError as error:
             raise EpalmError(f"encoder.weights: {file} does not fit: {error}") from None
     return AST(model, FbankPreprocess(numbers, recipe), recipe, device)
+
+
+def _weights(recipe: Recipe) -> Path:
+    """Hugging Face's file, or the authors' own."""
+    return weights_file(resolve(recipe.encoder.weights), (*WEIGHTS, "*.pth"))
 
 
 def _configured(recipe: Recipe, weights_at_hand: bool = True) -> tuple[ASTConfig, dict[str, Any]]:

@@ -129,14 +129,23 @@ def check_has_class_token(recipe: Recipe, prefix: int, name: str) -> None:
         )
 
 
-def weights_file(found: Path) -> Path:
-    """The file with the weights, when `found` is it or the folder that holds it."""
+def weights_file(found: Path, patterns: Sequence[str] = ("model.safetensors",)) -> Path:
+    """The file with the weights, when `found` is it or the folder that holds it.
+
+    Args:
+        patterns: of names in the folder; the first that fits one file alone counts.
+
+    Raises:
+        EpalmError: none of them does.
+    """
     if found.is_file():
         return found
-    file = found / "model.safetensors"
-    if not file.is_file():
-        raise EpalmError(f"encoder.weights: {found} holds no model.safetensors")
-    return file
+    for pattern in patterns:
+        files = list(found.glob(pattern))
+        if len(files) == 1:
+            return files[0]
+    names = ("neither " if len(patterns) > 1 else "no ") + " nor ".join(patterns)
+    raise EpalmError(f"encoder.weights: {found} holds {names}; add it, or give the file itself")
 
 
 def _module(recipe: Recipe) -> ModuleType:

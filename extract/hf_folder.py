@@ -12,19 +12,8 @@ from transformers.utils import logging
 
 from epalm.errors import EpalmError
 
-
-def weights_in(found: Path) -> Path:
-    """The file with the weights, when `found` is it or the folder that holds it."""
-    if found.is_file():
-        return found
-    for pattern in ("model.safetensors", "pytorch_model.bin", "*.pth"):
-        files = list(found.glob(pattern))
-        if len(files) == 1:
-            return files[0]
-    raise EpalmError(
-        f"encoder.weights: {found} holds neither model.safetensors nor pytorch_model.bin nor one "
-        ".pth file"
-    )
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""What such a folder's weights are called."""
 
 
 def hf_config(kind: Any, folder: Path) -> Any:

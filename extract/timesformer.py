@@ -22,7 +22,8 @@ from transformers import TimesformerConfig, TimesformerModel
 from epalm.address import digest, resolve
 from epalm.config import Recipe
 from epalm.errors import EpalmError
-from epalm.extract.encoder import Encoder
+from epalm.extract.encoder import Encoder, weights_file
+from epalm.extract.hf_folder import WEIGHTS
 from epalm.extract.timesformer_weights import (
     State,
     original_config,
@@ -123,7 +124,7 @@ def timesformer_model(recipe: Recipe, config: TimesformerConfig) -> TimesformerM
         EpalmError: the weights cannot be had, or do not fit.
     """
     found = resolve(recipe.encoder.weights)
-    file = _weights_file(found)
+    file = weights_file(found, WEIGHTS)
     state: State = read_original(file) if found.is_file() else read_hugging_face(file)
     model = TimesformerModel(config)
     if config.attention_type == "space_only":
@@ -147,7 +148,7 @@ def timesformer_spec(
     """The spec of what a TimeSformer makes of this input; `tokens` of a layer."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in TimesformerModel(config).parameters())
-    file = _weights_file(resolve(recipe.encoder.weights)) if weights_at_hand else None
+    file = weights_file(resolve(recipe.encoder.weights), WEIGHTS) if weights_at_hand else None
     return FeatureSpec(
         modality=modality,
         encoder=f"{recipe.encoder.kind}/{config.hidden_size}x{config.num_hidden_layers}",
@@ -225,17 +226,6 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise EpalmError(f"encoder.weights: {file} holds no JSON object")
     return fields
-
-
-def _weights_file(found: Path) -> Path:
-    if found.is_file():
-        return found
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (found / name).is_file():
-            return found / name
-    raise EpalmError(
-        f"encoder.weights: {found} holds neither model.safetensors nor pytorch_model.bin"
-    )
 
 
 def _grid(config: TimesformerConfig) -> int:

@@ -17,8 +17,8 @@ from epalm.address import digest, resolve
 from epalm.config import Recipe
 from epalm.errors import EpalmError
 from epalm.extract.audio import SpectrogramMasking, read_audio
-from epalm.extract.encoder import Encoder, check_has_class_token
-from epalm.extract.hf_folder import hf_config, hf_extractor, hf_model, weights_in
+from epalm.extract.encoder import Encoder, check_has_class_token, weights_file
+from epalm.extract.hf_folder import WEIGHTS, hf_config, hf_extractor, hf_model
 from epalm.store.spec import FeatureSpec
 
 _SHAPE = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim",
@@ -60,6 +60,7 @@ class Whisper(Encoder):
 def describe(recipe: Recipe, weights_at_hand: bool = True) -> FeatureSpec:
     """See `extract.encoder.describe`; the folder's two JSON files must be there in any case."""
     config, extractor = _configured(recipe)
+    folder = resolve(recipe.encoder.weights)
     with torch.device("meta"):
         model = WhisperEncoder(config)
     return FeatureSpec(
@@ -67,7 +68,7 @@ def describe(recipe: Recipe, weights_at_hand: bool = True) -> FeatureSpec:
         encoder=f"whisper/{config.d_model}x{config.encoder_layers}",
         encoder_arguments={name: getattr(config, name) for name in _SHAPE},
         encoder_parameters=sum(p.numel() for p in model.parameters()),
-        weights=digest(weights_in(resolve(recipe.encoder.weights))) if weights_at_hand else "",
+        weights=digest(weights_file(folder, WEIGHTS)) if weights_at_hand else "",
         layers=config.encoder_layers,
         tokens=config.max_source_positions,
         dim=config.d_model,
