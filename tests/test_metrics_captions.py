@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -243,18 +244,21 @@ def test_a_java_program_that_fails_is_reported(
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of what SPICE needs of pycocoevalcap, without the models, and a Java of our own."""
     real = java.require()
     (tmp_path / LIBRARIES).mkdir(parents=True)
-    for name in ("spice/spice-1.0.jar", "tokenizer"):
-        (tmp_path / name).symlink_to(real / name)
+    (tmp_path / "tokenizer").symlink_to(real / "tokenizer")
+    # no link, as Java finds the libraries beside what a link points to
+    shutil.copy(real / "spice/spice-1.0.jar", tmp_path / "spice")
     program = tmp_path / "java"
     program.write_text("#!/bin/sh\necho 'openjdk version \"17.0.15\"' >&2\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(spice_java, "require", lambda *files: tmp_path)
-    return tmp_path
+    spice_values.cache_clear()
+    yield tmp_path
+    spice_values.cache_clear()
 
 
 def test_what_spice_needs_is_named_with_its_place(package: Path) -> None:
@@ -266,46 +270,79 @@ def test_what_spice_needs_is_named_with_its_place(package: Path) -> None:
             with pytest.raises(EpalmError, match=f"need {missing} in {libraries}; both are in"):
                 make_metrics([metric], Setting())
     (libraries / MODELS[1]).touch()
-    with pytest.raises(EpalmError, match="Java 17 has no more: use Java 8 to 14, or put an engine"):
+    without = "this Java {} does not have: use a whole Java of 8 to 14, or put an engine"
+    with pytest.raises(EpalmError, match=without.format(17)):
         make_metrics(["spice"], Setting())
     (libraries / "rhino.jar").touch()
     make_metrics(["spice", "spider"], Setting())
     (libraries / "rhino.jar").unlink()
-    (package / "java").write_text("#!/bin/sh\necho 'java version \"1.8.0_402\"' >&2\n")
+    says = "#!/bin/sh\necho 'java version \"{}\"' >&2\necho java.base@11.0.13 {}\n"
+    (package / "java").write_text(says.format("1.8.0_402", ""))
     make_metrics(["spice", "spider"], Setting())
+    (package / "java").write_text(says.format("11.0.13", "jdk.scripting.nashorn@11.0.13"))
+    make_metrics(["spice", "spider"], Setting())
+    (package / "java").write_text(says.format("11.0.13", "java.scripting@11.0.13"))
+    with pytest.raises(EpalmError, match=without.format(11)):
+        make_metrics(["spice"], Setting())
+
+
+SPICE_TEXTS = (
+    "two brown dogs are playing with a red ball on the grass",
+    "a woman in a blue dress is sitting on a sofa",
+    "a man is holding his hat",
+    *("a cat", "", "", "a dog"),
+)
+SPICE_REFERENCES = (
+    ("a brown dog plays with a ball", "two dogs run on green grass"),
+    ("a lady wearing a blue dress sits on the couch",),
+    ("the man holds a black hat",),
+    *(("a man in a hat",), ("a boat",), ("it",), ("",)),
+)
+SPICE_COUNTS = [(6, 2, 2), (3, 3, 3), (3, 0, 1), (0, 0, 3), (0, 0, 1), (0, 0, 0), (0, 1, 0)]
+"""Tuples that match, that only the text has, and that only the references have.
+
+Looked at by hand: of the first text, `ball on grass` and `ball red` are its own, `dog run on grass`
+and `grass green` the references'.
+"""
+SPICE_F = [2 * both / max(1, 2 * both + one + other) for both, one, other in SPICE_COUNTS]
 
 
 def test_spice_is_read_as_its_program_writes_it(package: Path) -> None:
-    """Recorded from the program's own classes, on scene graphs made by hand.
-
-    Three tuples of four right out of five; none right; nothing said; and nothing to say.
-    """
+    """Recorded from it: values of all sizes, nothing right, nothing said, nothing to say."""
     recorded = GOLDEN / "spice.json"
     (package / "java").write_text(
         f'#!/bin/sh\nwhile [ "$1" != -out ]; do shift; done\ncp {recorded} "$2"\n'
     )
     for name in (*MODELS, "rhino.jar"):
         (package / LIBRARIES / name).touch()
-    texts = ("a brown dog runs", "a cat", "", "")
-    references = (("a small dog runs on green grass",), ("a man in a hat",), ("a boat",), ("it",))
-    f = [2 * 0.75 * 0.6 / (0.75 + 0.6), 0, 0, 0]
-    assert spice_values(texts, references).tolist() == pytest.approx(f)
-    examples = [Example(str(i), f"m{i}", "", r, "test") for i, r in enumerate(references)]
-    scores = {name: METRICS[name](Setting())(texts, examples) for name in ("spice", "cider")}
-    assert scores["spice"].per_example == pytest.approx(f)
-    assert scores["spice"].value == pytest.approx(1 / 6)  # the program's own "f-score: 0.167"
-    both = METRICS["spider"](Setting())(texts, examples)
+    examples = [Example(str(i), f"m{i}", "", r, "test") for i, r in enumerate(SPICE_REFERENCES)]
+    scores = {name: METRICS[name](Setting())(SPICE_TEXTS, examples) for name in ("spice", "cider")}
+    assert scores["spice"].per_example == pytest.approx(SPICE_F)
+    assert scores["spice"].value == pytest.approx(sum(SPICE_F) / len(SPICE_F))
+    # SPIDEr's is not computed again, as parsing takes minutes: a program that fails is not asked
+    (package / "java").write_text("#!/bin/sh\necho 'version \"17.0.15\"' >&2\nexit 1\n")
+    both = METRICS["spider"](Setting())(SPICE_TEXTS, examples)
     assert both.per_example == pytest.approx(
         (scores["spice"].per_example + scores["cider"].per_example) / 2
     )
     assert METRICS["spice"](Setting())([], []).n == 0
 
 
+def test_spice_computes_what_was_recorded() -> None:
+    """The real program; what the test before this one reads, it still writes."""
+    try:
+        METRICS["spice"](Setting())
+    except EpalmError as problem:
+        pytest.skip(str(problem))
+    assert spice_values(SPICE_TEXTS, SPICE_REFERENCES).tolist() == pytest.approx(SPICE_F)
+
+
 @NEEDS_JAVA
 def test_spice_that_fails_says_why(package: Path) -> None:
     """The real program, which finds none of its libraries."""
     (package / "java").unlink()
-    with pytest.raises(EpalmError, match=r"spice-1.0.jar: failed: .*NoClassDefFoundError: "):
+    cause = r"spice-1.0.jar: failed: java.lang.(NoClassDefFoundError|ClassNotFoundException): "
+    with pytest.raises(EpalmError, match=cause):
         spice_values(("a dog",), (("a dog",),))
 
 
@@ -314,7 +351,7 @@ def test_spice_is_that_of_the_coco_server(pairs: Pairs, tables: Tables) -> None:
         metric = METRICS["spice"](Setting())
     except EpalmError as problem:
         pytest.skip(str(problem))
-    if spice_java.java_version() > spice_java.LAST_WITH_JAVASCRIPT:
+    if not spice_java.brings_javascript():
         pytest.skip("pycocoevalcap finds no JavaScript engine but Java's own")
     from pycocoevalcap.spice.spice import Spice
 

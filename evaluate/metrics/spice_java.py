@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ def spider(setting: Setting) -> Metric:
     return metric
 
 
+@lru_cache(maxsize=1)  # spice and spider ask one after the other, and parsing takes minutes
 def spice_values(hypotheses: Texts, references: tuple[Texts, ...]) -> Floats:
     """(N,) SPICE of tokenized texts; EpalmError when the program fails."""
     if not hypotheses:
@@ -89,6 +91,15 @@ def java_version() -> int:
     return int(found[1]) if found else 0
 
 
+def brings_javascript() -> bool:
+    """Whether Java has the engine: up to a version, and from 9 on unless it was left out."""
+    version = java_version()
+    if version < 9 or version > LAST_WITH_JAVASCRIPT:
+        return version <= LAST_WITH_JAVASCRIPT
+    listed = subprocess.run(["java", "--list-modules"], capture_output=True, encoding="utf-8")
+    return "jdk.scripting.nashorn" in listed.stdout
+
+
 def _require(setting: Setting) -> None:
     """EpalmError unless all is there that SPICE needs."""
     home = require(SPICE_JAR, *([PTB_JAR] if setting.official else []))
@@ -100,20 +111,21 @@ def _require(setting: Setting) -> None:
             "are in Stanford's stanford-corenlp-full-2015-12-09.zip (`python -m "
             "pycocoevalcap.spice.get_stanford_models` fetches them); or leave out spice and spider"
         )
-    version = java_version()
-    if version > LAST_WITH_JAVASCRIPT and not any(
+    if not brings_javascript() and not any(
         engine for pattern in ENGINES for engine in libraries.glob(pattern)
     ):
         raise EpalmError(
-            f"evaluate.metrics: SPICE writes its results by Java's JavaScript engine, which Java "
-            f"{version} has no more: use Java 8 to {LAST_WITH_JAVASCRIPT}, or put an engine such "
-            f"as rhino.jar into {libraries}; or leave out spice and spider"
+            "evaluate.metrics: SPICE writes its results by Java's JavaScript engine, which this "
+            f"Java {java_version()} does not have: use a whole Java of 8 to "
+            f"{LAST_WITH_JAVASCRIPT}, or put an engine such as rhino.jar into {libraries}; or "
+            "leave out spice and spider"
         )
 
 
 def _complaint(done: "subprocess.CompletedProcess[str]") -> str:
-    """The line that tells most of what a Java program said."""
+    """The line that tells most of what a Java program said: the first cause, where it names one."""
     lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
     telling = (line for line in lines if "Exception" in line or "Error:" in line[:60])
     named = [line for line in telling if not line.endswith(":")]
-    return (named or lines[-1:] or [f"exit code {done.returncode}"])[0]
+    return (causes[-1:] or named or lines[-1:] or [f"exit code {done.returncode}"])[0]
