@@ -294,6 +294,10 @@ def compare_runs(folders: tuple[Path, ...], paired: bool, out: Path | None) -> N
     from epalm.evaluate.compare import compare, named, read_scores, unlike
     from epalm.train.run import Run
 
+    if out:
+        from epalm.evaluate.compare_figure import check_ending, draw
+
+        check_ending(out)
     runs = [Run.open(folder, trained=False) for folder in folders]
     if paired and len(runs) != 2:
         raise EpalmError(f"compare --paired: takes two runs, not {len(runs)}")
@@ -308,8 +312,6 @@ def compare_runs(folders: tuple[Path, ...], paired: bool, out: Path | None) -> N
         tables.append(format_differences(names[0], names[1], found))
     click.echo("\n\n".join(tables))
     if out:
-        from epalm.evaluate.compare_figure import draw
-
         draw(runs, tables, out)
         click.echo(f"compare: drawn in {out}")
 

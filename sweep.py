@@ -27,6 +27,14 @@ from epalm.config.mistakes import describe_mistakes
 from epalm.config.read_yaml import read_yaml
 from epalm.errors import EpalmError
 
+_HOW = (
+    "it goes to `run`. A sweep is a file of its own, as\n"
+    "  name: comparison\n"
+    "  base: recipe.yaml\n"
+    "  axes: {prompt: {short: {variant.prompt_length: 2}, long: {variant.prompt_length: 20}}}\n"
+    "  seeds: [0, 1, 2]"
+)
+
 
 class Sweep(Section):
     """See above."""
@@ -58,7 +66,10 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> list[SweepRun]:
         EpalmError: not a sweep, one of its recipes is none, or two of its runs have one name.
     """
     try:
-        sweep = Sweep.model_validate(read_yaml(path.read_text(encoding="utf-8"), str(path)))
+        tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
+        if isinstance(tree, dict) and _is_recipe(tree):
+            raise EpalmError(f"{path}: a recipe, not a sweep; {_HOW}")
+        sweep = Sweep.model_validate(tree)
     except FileNotFoundError:
         raise EpalmError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
@@ -82,6 +93,12 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> list[SweepRun]:
             recipe = load_recipe(path.parent / sweep.base, tuple(changed))
             runs[name] = SweepRun(labels, seed, recipe)
     return list(runs.values())
+
+
+def _is_recipe(tree: dict[str, Any]) -> bool:
+    """Its keys are a recipe's, and but for the name, which both have, none is a sweep's."""
+    keys = tree.keys() - {"name"}
+    return bool(keys & {"extends", *Recipe.model_fields}) and not keys & Sweep.model_fields.keys()
 
 
 def _assignments(fields: dict[str, Any]) -> list[str]:

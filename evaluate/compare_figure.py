@@ -17,14 +17,18 @@ MARKERS = "osD^v"
 GAP = 0.6  # of the height between two scores that a score's runs take
 
 
-def draw(runs: Sequence[Run], tables: Sequence[str], path: Path) -> None:
-    """Draw runs into a PNG, or into an HTML page with the tables.
-
-    Raises:
-        EpalmError: another ending, or a run whose scores have no intervals.
-    """
+def check_ending(path: Path) -> None:
+    """EpalmError when nothing can be drawn into a file called so."""
     if path.suffix not in (".png", ".html"):
         raise EpalmError(f"compare --out: {path}: must end in .png or .html")
+
+
+def draw(runs: Sequence[Run], tables: Sequence[str], path: Path) -> None:
+    """Draw runs into a PNG, or into an HTML page with the tables; see `check_ending`.
+
+    Raises:
+        EpalmError: a run's scores have no intervals.
+    """
     with settings():
         figure = _figure(runs)
         if path.suffix == ".png":

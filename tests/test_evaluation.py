@@ -245,7 +245,9 @@ def test_runs_are_drawn_side_by_side(cli: Cli, run: Run, tmp_path: Path, ending:
         page = out.read_text()
         assert "<svg" in page and "95% interval" in page
         assert f"{run.folder} less {run.folder}" in page
-    refused(cli("compare", run.folder, "--out", tmp_path / "x.pdf"), "must end in .png or .html")
+    unknown = cli("compare", run.folder, "--out", tmp_path / "x.pdf")
+    refused(unknown, "must end in .png or .html")
+    assert "trained" not in unknown.output  # before the table
 
 
 def test_recipes_of_several_sources_are_not_mixed(run: Run) -> None:

@@ -67,6 +67,22 @@ def test_bad_sweeps(toy: Callable[..., Path], changes: dict, word: str) -> None:
         load_sweep(path)
 
 
+@pytest.mark.parametrize("extends", [False, True])
+def test_a_recipe_is_no_sweep(toy: Callable[..., Path], cli: Callable, extends: bool) -> None:
+    recipe = toy()
+    if extends:
+        recipe = recipe.with_name("other.yaml")
+        recipe.write_text("extends: toy.yaml\nname: other\n")
+    result = cli("sweep", recipe)
+    assert result.exit_code == 2
+    assert f"{recipe}: a recipe, not a sweep; it goes to `run`" in result.output
+    assert "unknown key" not in result.output
+    example = yaml.safe_load(result.output.split("as\n", 1)[1])
+    path = recipe.with_name("sweep.yaml")
+    path.write_text(yaml.safe_dump(example | {"base": recipe.name}))
+    assert len(load_sweep(path)) == 6
+
+
 def test_a_sweep_runs_resumes_and_compares(
     toy: Callable[..., Path], cli: Callable, tmp_path: Path
 ) -> None:
