@@ -4,7 +4,7 @@ Paper, section 3.1, equation 1; conventions 1 to 7 of the official code. It depa
 in one point: attention is strictly causal, so the perceptual token at position 0 sees itself only
 (`reference_mask` brings the official mask back). Prefix states then depend on the media alone, and
 are computed once per media however many texts follow: `perceive` runs the prefix, `extend` runs
-text on top of it. Generation uses the same two.
+text on top of it. Generation (`model.generation`) uses the same two.
 
 Shapes: B texts, M media, n encoder layers used, t perceptual tokens of each (1 but for MAGMA*), P
 prompt tokens, T text tokens, D encoder width, H LM width, V vocabulary, S = t + P + T. Features
@@ -18,28 +18,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from epalm.config import VariantConfig
 from epalm.model.adapters import Adapters
 from epalm.model.cache import PrefixCache
-from epalm.model.connection import Connection, Connections, Features, tokens_of
+from epalm.model.connection import Connection, Connections, Features
 from epalm.model.deep_prompt import DeepPrompt
 from epalm.model.families import family_of
+from epalm.model.generation import Generator
 from epalm.model.injection import InjectionPlan
 from epalm.model.masks import joint_mask, prefix_mask, text_mask
 from epalm.model.prefix import Prefix
 from epalm.model.pretrained import PretrainedMixin
-from epalm.model.room import Room, Wanted
+from epalm.model.room import Room
 from epalm.model.soft_prompt import SoftPrompt
 from epalm.model.text import Equal
 from epalm.model.variant import make_adapters, make_connection, make_prompt, trains_lm
 
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-
-class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
+class AugmentedLM(PretrainedMixin, nn.Module):
     """A frozen LM with its trained parts in `trained`; nothing else is ever saved.
 
     Args:
@@ -51,9 +50,6 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
         train_lm: the LM's weights are trained and saved too (table 12).
         reference_mask: let the perceptual token see everything (convention 7, bug 2).
     """
-
-    main_input_name = "input_ids"
-    _is_stateful = False
 
     def __init__(
         self,
@@ -82,9 +78,6 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
         self.prompt_length = prompt.length if prompt is not None else 0
         self.reference_mask = reference_mask
         self.config = lm.config
-        # its ids alone: a chat model's repetition penalty, say, would alter answers unasked
-        ids = {key: getattr(lm.generation_config, key) for key in _IDS}
-        self.generation_config = GenerationConfig(**ids)
 
     @classmethod
     def from_config(
@@ -124,13 +117,6 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
     @property
     def dtype(self) -> torch.dtype:
         return self.lm.dtype
-
-    def __getattr__(self, name: str) -> Any:
-        """What Hugging Face's generation asks of a model beyond this class, the LM answers."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("lm"), name)
 
     def room(self, perceptual: int = 1) -> Room:
         """Places for text behind so many perceptual tokens of a media."""
@@ -273,36 +259,9 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
             hidden = self._run(layers, hidden, call, None, prefix)
         return hidden
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        features: Features | None = None,
-        past_key_values: PrefixCache | None = None,
-        logits_to_keep: int = 0,
-        rows: torch.Tensor | None = None,
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits (B, Q, V), in the form Hugging Face's generation expects.
-
-        Either `features`, with `rows` as in `states`, or a cache from `perceive` must be given;
-        other keyword arguments of Hugging Face models have no meaning here.
-        """
-        if attention_mask is None:  # as Hugging Face leaves it when nothing is padded
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
-        if past_key_values is not None:
-            equal, past_key_values.equal = past_key_values.equal, None
-            hidden = self.extend(
-                past_key_values, input_ids, attention_mask, equal=equal, last=logits_to_keep or None
-            )
-        elif features is not None:
-            hidden = self.states(input_ids, attention_mask, features, rows)
-        else:
-            raise ValueError("give features, or a cache made by perceive()")
-        return CausalLMOutputWithPast(
-            logits=self.family.logits(hidden[:, -logits_to_keep:]), past_key_values=past_key_values
-        )
+    def forward(self, *inputs: Any, **named: Any) -> CausalLMOutputWithPast:
+        """Logits in Hugging Face's form; see `Generator.forward`."""
+        return Generator(self).forward(*inputs, **named)
 
     @torch.no_grad()
     def generate(
@@ -328,24 +287,9 @@ class AugmentedLM(PretrainedMixin, nn.Module, GenerationMixin):
         Raises:
             EpalmError: the LM has no room for so many tokens.
         """
-        if rows is None:
-            rows = torch.arange(len(input_ids), device=input_ids.device)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        wanted = Wanted.of(options, self.generation_config, input_ids.shape[1])
-        room = self.room(tokens_of(features))
-        room.check_generation(int(attention_mask.sum(dim=1).max()), wanted.new_tokens)
-        source: dict[str, Any]
-        if use_cache and not self.reference_mask:
-            cache = self.perceive(features, rows.repeat_interleave(wanted.copies))
-            texts = map(tuple, torch.cat((input_ids, attention_mask), dim=1).tolist())
-            cache.equal = Equal.among(texts, self.device).repeat(wanted.copies)
-            source = {"past_key_values": cache, "use_cache": True}
-        elif isinstance(features, torch.Tensor):
-            source = {"features": features[rows], "use_cache": False}
-        else:  # Hugging Face repeats tensors for each beam, and leaves a mapping alone
-            source = {"features": features, "rows": rows, "use_cache": False}
-        return super().generate(input_ids, attention_mask=attention_mask, **source, **options)
+        return Generator(self).generate_about(
+            input_ids, attention_mask, features, rows, use_cache, **options
+        )
 
     def _run_lower(
         self,

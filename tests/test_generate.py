@@ -55,6 +55,19 @@ def generate(model: AugmentedLM, batch: dict[str, torch.Tensor], **options: Any)
     return model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
 
 
+def test_a_call_gives_the_logits_that_generation_starts_with(
+    model: AugmentedLM, batch: dict
+) -> None:
+    answer = model.generate(
+        **batch, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    logits = model(**batch).logits
+    assert logits.shape == (*batch["input_ids"].shape, model.config.vocab_size)
+    torch.testing.assert_close(logits[:, -1], answer.logits[0])
+    with pytest.raises(ValueError, match="give features"):
+        model(batch["input_ids"])
+
+
 def test_a_seed_decides_the_draws(model: AugmentedLM, batch: dict) -> None:
     draws = []
     for seed in (0, 0, 1):
