@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from epalm.model.prefix import Rows
 from epalm.model.text import Equal
 
 
@@ -23,12 +24,14 @@ class PrefixCache(DynamicCache):
         prefix_in_first_layer: one of these two.
         equal: which of the texts are, until the first of them is run; None: all differ.
         owner: (U,) of several prompts, which one each different text has; None: there is one.
+        rows: of the runs that these prompts are of; None: there is one.
     """
 
     perceptual = 0
     prefix_in_first_layer = 0
     equal: Equal | None = None
     owner: torch.Tensor | None = None
+    rows: Rows | None = None
     _keys_only = False
 
     def __init__(self) -> None:

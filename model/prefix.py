@@ -1,10 +1,25 @@
 """What stands before the text, and at which layer it gets there."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from epalm.model.injection import InjectionPlan
+
+
+class Rows(NamedTuple):
+    """How many rows of a batch each of R runs has, run after run.
+
+    Attributes:
+        media: M_r.
+        different: U_r, texts that differ.
+        texts: B_r.
+    """
+
+    media: list[int]
+    different: list[int]
+    texts: list[int]
 
 
 @dataclass(frozen=True)
@@ -17,12 +32,14 @@ class Prefix:
         prompts: (1, R, P, H) the prompt entering layer 0; with deep prompts (L, R, P, H), one a
             layer.
         owner: (M,) which of the R each media's is; None: R = 1.
+        rows: of these runs; None: R = 1.
     """
 
     plan: InjectionPlan
     tokens: torch.Tensor
     prompts: torch.Tensor
     owner: torch.Tensor | None = None
+    rows: Rows | None = None
 
     def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What enters a layer: the states before it, with what is new here put in place.

@@ -18,22 +18,8 @@ from epalm.model.adapters import Adapter, Adapters, attached
 from epalm.model.augmented import AugmentedLM
 from epalm.model.cache import PrefixCache
 from epalm.model.connection import Features
-from epalm.model.prefix import Prefix
+from epalm.model.prefix import Prefix, Rows
 from epalm.model.text import Equal
-
-
-class Rows(NamedTuple):
-    """How many rows of a batch each of R runs has, run after run.
-
-    Attributes:
-        media: M_r.
-        different: U_r, texts that differ.
-        texts: B_r.
-    """
-
-    media: list[int]
-    different: list[int]
-    texts: list[int]
 
 
 class SharedFeatures(NamedTuple):
@@ -76,8 +62,8 @@ class SharedLM(AugmentedLM):
         last: int | None = None,
     ) -> torch.Tensor:
         """As AugmentedLM's, of all runs' texts; no two runs' texts count as equal."""
-        self._rows = features.rows
         cache = self.perceive(features, rows)
+        cache.rows = features.rows
         cache.owner = _owners(features.rows.different, self.device)
         return self.extend(cache, input_ids, attention_mask, False, equal, text_states, last)
 
@@ -88,7 +74,8 @@ class SharedLM(AugmentedLM):
         pairs = zip(self._models, features.of, strict=True)
         tokens = torch.cat([model.perceptual_tokens(own) for model, own in pairs])
         prompts = torch.stack([model.prompts() for model in self._models], dim=1)
-        return Prefix(self.plan, tokens, prompts, _owners(features.rows.media, self.device))
+        owner = _owners(features.rows.media, self.device)
+        return Prefix(self.plan, tokens, prompts, owner, features.rows)
 
     def _run(
         self,
@@ -98,18 +85,20 @@ class SharedLM(AugmentedLM):
         cache: PrefixCache | None,
         prefix: Prefix | None = None,
     ) -> torch.Tensor:
-        with self._side_by_side(layers, prefix is not None):
+        below = layers.stop <= self.plan.start
+        if prefix is not None:
+            assert prefix.rows is not None
+            rows = [1] * len(self._models) if below else prefix.rows.media
+        else:
+            assert cache is not None and cache.rows is not None
+            rows = cache.rows.different if below else cache.rows.texts
+        with self._side_by_side(layers, rows):
             return super()._run(layers, hidden, call, cache, prefix)
 
-    def _side_by_side(self, layers: range, of_prefix: bool) -> AbstractContextManager[None]:
-        """Within it, these layers have all runs' adapters, for the prefix or the text after it."""
+    def _side_by_side(self, layers: range, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """Within it, these layers have all runs' adapters, each for so many rows."""
         if "adapters" not in self._models[0].trained:
             return nullcontext()
-        below = layers.stop <= self.plan.start
-        if of_prefix:
-            rows = [1] * len(self._models) if below else self._rows.media
-        else:
-            rows = self._rows.different if below else self._rows.texts
         own: list[Adapters] = [model.trained["adapters"] for model in self._models]
         return attached(
             self.family,

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from epalm.config import AdapterConfig, Recipe, VariantConfig, load_recipe
 from epalm.evaluate.scores import validate
 from epalm.model.augmented import AugmentedLM
-from epalm.model.shared import Rows, SharedFeatures, SharedLM
+from epalm.model.prefix import Rows
+from epalm.model.shared import SharedFeatures, SharedLM
 from epalm.model.text import Equal
 from epalm.train.loop import Training, train
 from epalm.train.loss import losses_of

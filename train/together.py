@@ -19,7 +19,8 @@ from epalm.device import send
 from epalm.errors import EpalmError
 from epalm.extract.sources import open_sources
 from epalm.model.connection import media_of
-from epalm.model.shared import Rows, SharedFeatures, SharedLM
+from epalm.model.prefix import Rows
+from epalm.model.shared import SharedFeatures, SharedLM
 from epalm.model.text import Equal
 from epalm.train.batches import Batch
 from epalm.train.loop import Training
