@@ -226,11 +226,13 @@ def show(folder: Path) -> None:
 @checkpoint_option
 def export(folder: Path, target: Path, checkpoint: str) -> None:
     """Write a run's trained model into a folder that from_pretrained reads."""
+    from epalm.store.atomic import writing_into
     from epalm.train.export import export as write
     from epalm.train.run import Run
 
     run = Run.open(folder)
-    write(run, run.weights(checkpoint), target)
+    with writing_into(target, "export FOLDER"):
+        write(run, run.weights(checkpoint), target)
     click.echo(f"export: {target}; load it with AugmentedLM.from_pretrained, or `predict`")
 
 
@@ -296,6 +298,7 @@ def compare_runs(folders: tuple[Path, ...], paired: bool, out: Path | None) -> N
 
     if out:
         from epalm.evaluate.compare_figure import check_ending, draw
+        from epalm.store.atomic import writing_into
 
         check_ending(out)
     runs = [Run.open(folder, trained=False) for folder in folders]
@@ -312,7 +315,8 @@ def compare_runs(folders: tuple[Path, ...], paired: bool, out: Path | None) -> N
         tables.append(format_differences(names[0], names[1], found))
     click.echo("\n\n".join(tables))
     if out:
-        draw(runs, tables, out)
+        with writing_into(out.parent, "compare --out"):
+            draw(runs, tables, out)
         click.echo(f"compare: drawn in {out}")
 
 

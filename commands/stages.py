@@ -1,12 +1,13 @@
 """The stages of a run as commands take them, and what they say of them."""
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from accelerate import Accelerator
 
@@ -34,7 +35,8 @@ def extract_source(recipe: "Recipe", retry_failed: bool, planned_only: bool) -> 
         why = "the encoder is trained" if recipe.encoder.train else "encoder.online is true"
         click.echo(f"extract: nothing to cache, {why}; `train` encodes media as it needs them")
         return
-    report = encode(recipe, load_dataset(recipe), retry_failed, planned_only)
+    with _writing(recipe):
+        report = encode(recipe, load_dataset(recipe), retry_failed, planned_only)
     features = report.features
     if report.removed:
         click.echo(
@@ -67,8 +69,9 @@ def train(recipe: "Recipe", overwrite: bool, max_steps: int | None) -> tuple["Ru
     from epalm.train.loop import train as fit
     from epalm.train.parts import assemble
 
-    training = _training(assemble(recipe), overwrite, max_steps)
-    fit(training)
+    with _writing(recipe):
+        training = _training(assemble(recipe), overwrite, max_steps)
+        fit(training)
     _say_trained(training)
     return training.run, training.parts
 
@@ -76,8 +79,9 @@ def train(recipe: "Recipe", overwrite: bool, max_steps: int | None) -> tuple["Ru
 def _train_together(recipes: "list[Recipe]") -> "list[tuple[Run, Parts]]":
     from epalm.train.together import assemble_together, train_together
 
-    trainings = [_training(parts, False, None) for parts in assemble_together(recipes)]
-    train_together(trainings)
+    with _writing(recipes[0]):
+        trainings = [_training(parts, False, None) for parts in assemble_together(recipes)]
+        train_together(trainings)
     for training in trainings:
         _say_trained(training)
     return [(training.run, training.parts) for training in trainings]
@@ -88,6 +92,16 @@ def train_and_evaluate(recipes: "list[Recipe]") -> None:
     alone = len(recipes) == 1
     for trained in [train(recipes[0], False, None)] if alone else _train_together(recipes):
         evaluate(*trained, trained[0].weights("best"))
+
+
+@contextmanager
+def _writing(recipe: "Recipe") -> "Iterator[None]":
+    """Within it, a folder that cannot be written to is an error of the field that names it."""
+    from epalm.store.atomic import writing_into
+
+    store, runs = Path(recipe.store.root), Path(recipe.runs)
+    with writing_into(store, "store.root"), writing_into(runs, "runs"):
+        yield
 
 
 def _training(parts: "Parts", overwrite: bool, max_steps: int | None) -> "Training":
@@ -132,16 +146,18 @@ def evaluate(
     from epalm.evaluate.report import write_report
     from epalm.evaluate.scores import evaluate as score
     from epalm.evaluate.table import headline
+    from epalm.store.atomic import writing_into
     from epalm.train.checkpoint import load_weights
 
     load_weights(weights, parts.model)
-    scores = score(run, parts)
-    if not parts.accelerator.is_main_process:
-        return
-    said = remarks(scores) if remarks else []
-    files = [run.scores, write_report(run, parts.dataset, parts.features.spec, said)]
-    if run.metrics.is_file():  # not imported
-        files.append(draw_loss(run))
+    with writing_into(run.folder, "run folder"):
+        scores = score(run, parts)
+        if not parts.accelerator.is_main_process:
+            return
+        said = remarks(scores) if remarks else []
+        files = [run.scores, write_report(run, parts.dataset, parts.features.spec, said)]
+        if run.metrics.is_file():  # not imported
+            files.append(draw_loss(run))
     click.echo(
         f"evaluate: {headline(scores)} on {scores['examples']} {scores['split']} examples, with "
         f"{weights.name}; written: {', '.join(map(str, files))}"

@@ -32,6 +32,7 @@ def draw(runs: Sequence[Run], tables: Sequence[str], path: Path) -> None:
     with settings():
         figure = _figure(runs)
         if path.suffix == ".png":
+            path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=150)
             return
         svg = as_svg(figure, "compare")

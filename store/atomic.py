@@ -1,5 +1,6 @@
 """Files that are complete or absent, locks that end with their process, logs that may be cut."""
 
+import errno
 import fcntl
 import json
 import os
@@ -8,8 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from epalm.errors import EpalmError
+
 PIECE = 2**21
 """Bytes after which the disk is set to work: a huge page, so that the file is mapped in such."""
+
+_REFUSED = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR
+}  # fmt: skip
+"""A full disk is none of them: there the folder is right."""
 
 
 class Draft:
@@ -70,6 +78,26 @@ def write_atomic(path: Path, content: bytes | memoryview | str) -> None:
     with Draft(path) as draft:
         draft.write(content.encode() if isinstance(content, str) else content)
         draft.publish()
+
+
+@contextmanager
+def writing_into(folder: Path, field: str) -> Iterator[None]:
+    """Within it, that `folder` cannot be written to is an error of the field that names it.
+
+    Raises:
+        EpalmError: it, or something in it or above it, is read-only, not ours or no folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        path = Path(error.filename or "/").absolute()
+        place = folder.absolute()
+        if error.errno in _REFUSED and (path.is_relative_to(place) or path in place.parents):
+            raise EpalmError(
+                f"{field}: {folder} cannot be written to ({path}: {error.strerror}); make it a "
+                "folder that can be, or set another"
+            ) from None
+        raise
 
 
 @contextmanager

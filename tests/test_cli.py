@@ -1,6 +1,7 @@
 """The commands end to end on a toy run, and what each does with bad input."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -234,6 +235,32 @@ def test_run_folder_is_checked_first(cli: Cli, toy: Toy, tmp_path: Path) -> None
     refused(cli("run", recipe, "--set", "train.lr=1"), "run of another recipe", "train.lr: 0.01")
     refused(cli("run", recipe, "--set", f"runs={recipe}"), f"runs: {recipe} is no folder")
     assert not (tmp_path / "features").exists()
+
+
+def test_folders_that_cannot_be_written_to(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe, run = toy(), tmp_path / "runs" / "toy"
+    for root in (recipe, recipe / "features"):  # a file is in the way
+        words = [f"store.root: {root} cannot be written to", "Not a directory", "set another"]
+        refused(cli("extract", recipe, "--set", f"store.root={root}"), *words)
+        online = ("--set", "encoder.online=true", "--set", f"store.root={root}")
+        refused(cli("train", recipe, *online), *words)
+    assert cli("run", recipe).exit_code == 0
+    (run / "scores.json").unlink()
+    (run / "scores.json").mkdir()
+    words = [f"run folder: {run} cannot be written to", "Is a directory"]
+    refused(cli("evaluate", run), *words)
+    refused(cli("export", run, recipe), f"export FOLDER: {recipe} cannot be written to")
+
+
+def test_read_only_folders(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe, closed = toy(), tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    if os.access(closed, os.W_OK):
+        pytest.skip("root writes everywhere")
+    for root in (closed, closed / "features"):
+        words = f"store.root: {root} cannot be written to"
+        refused(cli("extract", recipe, "--set", f"store.root={root}"), words, "Permission denied")
+    refused(cli("run", recipe, "--set", f"runs={closed}"), f"runs: {closed} is no folder")
 
 
 def test_a_trained_run_takes_no_settings_of_training(cli: Cli, toy: Toy, tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_evaluation_with_another_encoder_is_said(cli: Cli, run: Run, tmp_path: P
 def test_runs_are_drawn_side_by_side(cli: Cli, run: Run, tmp_path: Path, ending: str) -> None:
     cli("evaluate", run.folder)
     run.metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
-    out = tmp_path / f"both.{ending}"
+    out = tmp_path / "new" / f"both.{ending}"
     done = cli("compare", run.folder, run.folder, "--paired", "--out", out)
     assert done.exit_code == 0, done.output
     if ending == "png":
@@ -248,6 +248,8 @@ def test_runs_are_drawn_side_by_side(cli: Cli, run: Run, tmp_path: Path, ending:
     unknown = cli("compare", run.folder, "--out", tmp_path / "x.pdf")
     refused(unknown, "must end in .png or .html")
     assert "trained" not in unknown.output  # before the table
+    in_the_way = run.metrics / out.name
+    refused(cli("compare", run.folder, "--out", in_the_way), f"compare --out: {run.metrics} cannot")
 
 
 def test_recipes_of_several_sources_are_not_mixed(run: Run) -> None:

@@ -68,7 +68,8 @@ class Run:
         """
         run = cls.of(recipe)
         folder = run.folder
-        there = next(path for path in (folder, *folder.parents) if path.exists())
+        # os.path: a folder that may not be looked into counts as absent, and the one above is named
+        there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise EpalmError(f"runs: {there} is no folder that can be written to; set another")
         written = folder / "recipe.yaml"
