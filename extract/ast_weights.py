@@ -11,8 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import ASTConfig
 
-from epalm.errors import EpalmError
-from epalm.extract.hf_folder import first_line
+from epalm.errors import EpalmError, first_line
 
 ORIGINAL_EPS = 1e-6
 """LayerNorm's, in timm; Hugging Face's configuration of the same weights says 1e-12."""

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from epalm.errors import EpalmError
+from epalm.errors import EpalmError, first_line
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """What such a folder's weights are called."""
@@ -81,8 +81,3 @@ def hf_model(kind: Any, folder: Path, config: Any, part: str = "") -> Any:
             f"{(missing + wrong)[0]}"
         )
     return model
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its kind when it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TimesformerConfig
 
-from epalm.errors import EpalmError
+from epalm.errors import EpalmError, first_line
 
 POSITIONS = "embeddings.position_embeddings"
 TIMES = "embeddings.time_embeddings"
@@ -168,5 +168,4 @@ def _torch_load(file: Path, device: str) -> dict[str, torch.Tensor]:
     try:
         return torch.load(file, map_location=device, weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EpalmError(f"encoder.weights: {file} cannot be read ({reason})") from None
+        raise EpalmError(f"encoder.weights: {file} cannot be read ({first_line(error)})") from None

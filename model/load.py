@@ -21,7 +21,7 @@ from transformers.utils import logging
 from epalm.address import cache_dir, digest, resolve
 from epalm.config import LMConfig, TextConfig
 from epalm.device import choose_dtype
-from epalm.errors import EpalmError
+from epalm.errors import EpalmError, first_line
 from epalm.model.spread import check_room, return_outputs
 
 
@@ -152,5 +152,7 @@ def _converted(gguf: Path) -> Path:
 
 
 def _not_loadable(address: str, path: Path, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"lm.weights: {address}: {path} cannot be loaded as a causal LM with tokenizer: {reason}"
+    return (
+        f"lm.weights: {address}: {path} cannot be loaded as a causal LM with tokenizer: "
+        f"{first_line(error)}"
+    )

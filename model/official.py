@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from epalm.errors import EpalmError
+from epalm.errors import EpalmError, first_line
 
 _LAYERS = r"(?:model_text\.model\.decoder\.layers|transformer)\.(\d+)"
 _NAMES = (
@@ -49,15 +49,14 @@ def read_official(file: Path) -> tuple[State, dict[str, Any]]:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = found[1] if found else (str(error).splitlines() or ["an unknown object"])[0]
+        what = found[1] if found else first_line(error)
         raise EpalmError(
             f"{file}: holds {what}, which is not unpickled here since it could run any code. Where "
             "you trust the file, save its weights alone: torch.save({'model': torch.load(FILE, "
             "weights_only=False)['model']}, NEW)"
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EpalmError(f"{file}: cannot be read ({reason})") from None
+        raise EpalmError(f"{file}: cannot be read ({first_line(error)})") from None
     others = dict(loaded) if isinstance(loaded, dict) else {}
     model = others.pop("model", None)
     if not isinstance(model, dict) or not all(torch.is_tensor(v) for v in model.values()):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from epalm.address import cache_dir, digest, resolve
-from epalm.errors import EpalmError
+from epalm.errors import EpalmError, first_line
 
 EASY_VQA = "wheel:easy-vqa==1.0"
 SHA = "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"
@@ -87,3 +87,11 @@ def test_digest(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"abc")
     assert digest(file).startswith("ba7816bf8f01cfea")
+
+
+@pytest.mark.parametrize(
+    ("said", "words"), [("one\ntwo", "one"), ("\n one\n", "one"), ("", "ValueError")]
+)
+def test_reasons_are_one_line_and_never_empty(said: str, words: str) -> None:
+    """The hub's client raises errors that say nothing, too."""
+    assert first_line(ValueError(said)) == words
