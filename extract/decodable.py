@@ -46,6 +46,7 @@ def undecodable(
             for content_hash, future in zip(some, batch.outcomes, strict=True):
                 error = future.result().error
                 if error is not None and error[0] == "ChangedFile":
+                    features.distrust(content_hash)
                     raise EpalmError(f"{error[1]}; start again")
                 reasons[content_hash] = "" if error is None else f"cannot be decoded: {error[1]}"
                 if error is not None and error[0] in TRANSIENT:

@@ -107,6 +107,7 @@ class ShardMaker:
             if outcome.error is None:
                 good.append(position)
             elif outcome.error[0] == "ChangedFile":
+                self.report.features.distrust(content_hash)
                 raise EpalmError(f"{outcome.error[1]}; run `extract` again")
             else:
                 kind, text = outcome.error

@@ -46,7 +46,7 @@ class Layout:
 
 
 class CatalogueEntry(NamedTuple):
-    """A media file as it was when it was extracted; size in bytes, time in ns."""
+    """A media file as it was when it was extracted; size in bytes, time in ns (-1: hash again)."""
 
     content_hash: str
     size: int
@@ -152,6 +152,20 @@ class FeatureSet:
             unreadable = {**known.unreadable, **found.unreadable}
             unreadable = {m: why for m, why in unreadable.items() if m not in found.media}
             self.write_catalogue(dataset, Catalogue(found.root, media, unreadable))
+
+    def distrust(self, content_hash: str) -> None:
+        """Have media of this hash hashed again, though size and time of their files are known."""
+        with locked(self.folder / ".lock"):
+            for dataset in self.datasets():
+                known = self.catalogue(dataset)
+                stale = {
+                    media: entry._replace(mtime_ns=-1)
+                    for media, entry in known.media.items()
+                    if entry.content_hash == content_hash
+                }
+                if stale:
+                    media = {**known.media, **stale}
+                    self.write_catalogue(dataset, Catalogue(known.root, media, known.unreadable))
 
     def write_catalogue(self, dataset: str, catalogue: Catalogue) -> None:
         """Replace a dataset's catalogue."""
