@@ -63,10 +63,11 @@ def cache_verify(target: Path, deep: bool, sample: int, overrides: tuple[str, ..
     problems = verify(features, _bar("verify"))
     if problems:
         lines = [f"  {p.column.folder.name}, shard {p.shard}: {p.what}" for p in problems]
+        remedies = " and ".join(f"`{remedy}`" for remedy in sorted({p.remedy for p in problems}))
         raise EpalmError(
             "\n".join(
                 [f"{features.folder}: {len(problems)} broken shards", *lines]
-                + ["run `cache repair` with the recipe"]
+                + [f"run {remedies} with the recipe"]
             )
         )
     shards = sum(len(column.markers) for column in features.columns)
@@ -97,7 +98,7 @@ def cache_repair(recipe: Path, overrides: tuple[str, ...]) -> None:
     from epalm.config import load_recipe
     from epalm.extract.columns import existing_columns
     from epalm.extract.compare import set_of_recipe
-    from epalm.store.maintenance import give_up, text_sets, verify
+    from epalm.store.maintenance import REPAIR, give_up, text_sets, verify
 
     loaded = load_recipe(recipe, overrides)
     for states in text_sets(Path(loaded.store.root), loaded.lm.weights):
@@ -110,10 +111,15 @@ def cache_repair(recipe: Path, overrides: tuple[str, ...]) -> None:
     features = set_of_recipe(recipe, overrides)
     ours = existing_columns(loaded, features)
     problems = verify(features, _bar("verify"))
-    mended = [p for p in problems if p.column in ours]
+    mended = [p for p in problems if p.column in ours and p.remedy == REPAIR]
     give_up(mended)
     click.echo(f"{features.folder}: {len(mended)} broken shards")
-    for name in sorted({p.column.folder.name for p in problems if p.column not in ours}):
+    for p in problems:
+        if p.remedy != REPAIR:
+            click.echo(f"  {p.column.folder.name}, shard {p.shard}: {p.what}; run `{p.remedy}`")
+    for name in sorted(
+        {p.column.folder.name for p in problems if p.column not in ours and p.remedy == REPAIR}
+    ):
         click.echo(f"  {name} has broken shards too; repair it with a recipe that keeps it")
     if mended:
         stages.extract_source(loaded, False, True)

@@ -33,6 +33,7 @@ class Column:
     Attributes:
         markers: of whole shards, by number.
         damaged: markers whose block is truncated or gone.
+        unreadable: shards whose marker is not as it was written; their rows count as missing.
         failures: rows without features, and why.
     """
 
@@ -50,6 +51,7 @@ class Column:
         """Read the markers again; another process may have added some."""
         self.markers: dict[int, Marker] = {}
         self.damaged: list[Marker] = []
+        self.unreadable: list[int] = []
         self.failures: dict[Row, Failure] = {}
         self._row_of: dict[Row, int] = {}
         self._dtype = self.spec.dtype
@@ -58,8 +60,9 @@ class Column:
         for path in sorted((self.folder / "markers").glob("*.json")):
             marker = Marker.read(path)
             if marker is None:
-                continue  # as if it were not there: its media are extracted again
-            if self.backend.is_whole(marker.shard, len(marker.hashes), marker.dtype):
+                if path.stem.isdigit():  # else somebody's own file
+                    self.unreadable.append(int(path.stem))
+            elif self.backend.is_whole(marker.shard, len(marker.hashes), marker.dtype):
                 self._index(marker)
             else:
                 self.damaged.append(marker)

@@ -16,13 +16,16 @@ T = TypeVar("T")
 Progress = Callable[[Iterable[T]], Iterable[T]]
 """Wraps what is gone through one by one, to show a bar."""
 
+REPAIR = "cache repair"
+
 
 class Problem(NamedTuple):
-    """A shard whose features cannot be used."""
+    """A shard whose features cannot be used; `remedy` is the command that makes it again."""
 
     column: Column
     shard: int
     what: str
+    remedy: str = REPAIR
 
 
 class Removed(NamedTuple):
@@ -43,6 +46,13 @@ def verify(features: FeatureSet, progress: Progress[tuple[Column, int]]) -> list
         Problem(column, marker.shard, "its file is truncated or gone")
         for column in features.columns
         for marker in column.damaged
+    ]
+    # which media were in it is not known any more: a repair could not plan it
+    anew = "train" if features.spec.modality == "text" else "extract"
+    problems += [
+        Problem(column, shard, "its marker is not as it was written", anew)
+        for column in features.columns
+        for shard in column.unreadable
     ]
     shards = [(column, shard) for column in features.columns for shard in column.markers]
     for column, shard in progress(shards):
@@ -97,8 +107,8 @@ def garbage(features: FeatureSet, removed: Removed) -> list[Path]:
     """Files that nothing in the set refers to, in the order in which to delete them.
 
     Shards that no run needs and none of whose media stands in a catalogue, blocks without marker,
-    plans that nobody works at, half-written files. A shard is kept as a whole while one of its rows
-    is wanted.
+    markers that cannot be read, plans that nobody works at, half-written files. A shard is kept as
+    a whole while one of its rows is wanted.
 
     Raises:
         EpalmError: without a catalogue or a run, everything would be garbage.
@@ -122,7 +132,8 @@ def garbage(features: FeatureSet, removed: Removed) -> list[Path]:
             for shard, marker in column.markers.items()
             if shard not in needed and known.isdisjoint(marker.hashes)
         }
-        found += [column._marker_path(n) for n in sorted(unknown)]  # markers before their blocks
+        # markers before their blocks
+        found += [column._marker_path(n) for n in sorted(unknown.union(column.unreadable))]
         found += sorted((column.folder / "plans").glob("[0-9]*.json"))
         orphans = column.backend.shards() - column.markers.keys()
         found += [p for n in sorted(orphans | unknown) for p in column.backend.files(n)]

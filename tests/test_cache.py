@@ -430,3 +430,22 @@ def test_a_file_changed_behind_its_time_stamp_is_hashed_again(
     refused(cli("extract", more), "changed while it was extracted", "run `extract` again")
     ok(cli("extract", more))
     ok(cli("cache", "verify", more, "--deep"))
+
+
+def test_verify_names_markers_that_were_changed(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy()
+    ok(cli("extract", recipe))
+    column = only_set(tmp_path).columns[0]
+    marker = column._marker_path(1)
+    written = marker.read_text()
+    marker.write_text(written.replace('"view": 0', '"view": 1'))
+    refused(cli("cache", "verify", recipe), "cls-0-5, shard 1: its marker", "`extract`")
+    assert "shard 1: its marker is not as it was written; run `extract`" in ok(
+        cli("cache", "repair", recipe)
+    )
+    assert "extract: 4 media" in ok(cli("extract", recipe))
+    assert marker.read_text() == written
+    ok(cli("cache", "verify", recipe))
+    marker.write_text("{")
+    assert "markers/000001.json" in ok(cli("cache", "gc", recipe))
+    assert not marker.exists()
