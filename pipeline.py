@@ -209,15 +209,11 @@ def run(recipe: Path, overrides: tuple[str, ...], overwrite: bool, max_steps: in
 @run_argument
 def show(folder: Path) -> None:
     """Print the table of a run's scores."""
-    import json
-
+    from epalm.evaluate.scores_file import read_scores
     from epalm.evaluate.table import format_table
     from epalm.train.run import Run
 
-    scores = Run.open(folder, trained=False).scores
-    if not scores.is_file():
-        raise EpalmError(f"{scores}: not there; run `evaluate` first")
-    click.echo(format_table(json.loads(scores.read_text(encoding="utf-8"))))
+    click.echo(format_table(read_scores(Run.open(folder, trained=False))))
 
 
 @main.command()
@@ -261,7 +257,8 @@ def import_official(file: Path, recipe: Path, overrides: tuple[str, ...], overwr
 @set_option
 def sweep(file: Path, together: int, overrides: tuple[str, ...]) -> None:
     """Extract, train and evaluate every run of a sweep that has no scores yet; compare them."""
-    from epalm.evaluate.compare import compare, is_scored, read_scores
+    from epalm.evaluate.compare import compare, is_scored
+    from epalm.evaluate.scores_file import read_scores
     from epalm.sweep import load_sweep
     from epalm.train.run import Run
     from epalm.train.together import groups
@@ -293,7 +290,8 @@ def sweep(file: Path, together: int, overrides: tuple[str, ...]) -> None:
 )  # fmt: skip
 def compare_runs(folders: tuple[Path, ...], paired: bool, out: Path | None) -> None:
     """Print runs' scores side by side."""
-    from epalm.evaluate.compare import compare, named, read_scores, unlike
+    from epalm.evaluate.compare import compare, named, unlike
+    from epalm.evaluate.scores_file import read_scores
     from epalm.train.run import Run
 
     if out:

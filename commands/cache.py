@@ -135,8 +135,11 @@ def cache_gc(target: Path, dry_run: bool, removed: bool, overrides: tuple[str, .
     from epalm.extract.compare import feature_set
     from epalm.store.listing import words_for_bytes
     from epalm.store.maintenance import Removed, collect, garbage, removed_media, removed_runs
+    from epalm.store.needs import unreadable_needs
 
     features = feature_set(target, overrides)
+    for line in unreadable_needs(features):
+        click.echo(line)
     gone = Removed({}, [])
     if removed:
         media = {dataset: removed_media(features, dataset) for dataset in features.datasets()}

@@ -30,7 +30,9 @@ class Recipe(Section):
     """One whole run."""
 
     name: Name = Field(description="names the run folder")
-    seed: int = Field(0, ge=0, description="of subsets, initialisation, sampling and control")
+    seed: int = Field(
+        0, ge=0, lt=2**64, description="of subsets, initialisation, sampling and control"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     runs: str = Field("runs", description="folder that holds the run folders")
     data: DataConfig

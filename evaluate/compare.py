@@ -1,21 +1,12 @@
 """Runs side by side, made of their recipes and scores.json alone."""
 
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from epalm.errors import EpalmError
+from epalm.evaluate.scores_file import read_scores
 from epalm.train.run import Run
-
-
-def read_scores(run: Run) -> dict[str, Any]:
-    """A run's scores; EpalmError when it has not been evaluated."""
-    if not run.scores.is_file():
-        raise EpalmError(f"{run.scores}: not there; run `evaluate` first")
-    scores: dict[str, Any] = json.loads(run.scores.read_text(encoding="utf-8"))
-    return scores
 
 
 def is_scored(run: Run) -> bool:

@@ -6,10 +6,11 @@ from pathlib import Path
 from matplotlib.figure import Figure, SubFigure
 
 from epalm.errors import EpalmError
-from epalm.evaluate.compare import named, read_scores
+from epalm.evaluate.compare import named
 from epalm.evaluate.figures import as_svg, line_style, plot_training, settings
 from epalm.evaluate.report_scores import Line, lines_of
 from epalm.evaluate.report_style import page, text
+from epalm.evaluate.scores_file import read_scores
 from epalm.store.atomic import write_atomic
 from epalm.train.run import Run
 

@@ -1,11 +1,11 @@
 """A run on data that it was not trained for: out of distribution, zero-shot (tables 3 and 5)."""
 
-import json
 from typing import Any
 
 from epalm.config import Recipe, ViewsConfig, dump_recipe
 from epalm.errors import EpalmError
 from epalm.evaluate.report_scores import hundredfold, metric_name
+from epalm.evaluate.scores_file import read_scores
 from epalm.store.atomic import write_atomic
 from epalm.store.spec import FeatureSpec, JointSpec
 from epalm.train.run import Run
@@ -96,7 +96,7 @@ def gap(run: Run, target: Run, scores: dict[str, Any]) -> list[str]:
 def _beside(scores: dict[str, Any], other: Run, whose: str, what: str) -> list[str]:
     if not other.scores.is_file():
         return []
-    theirs = json.loads(other.scores.read_text(encoding="utf-8"))
+    theirs = read_scores(other)
     pairs = {
         metric_name(name): (part["value"], scores["metrics"][name]["value"])
         for name, part in theirs.get("metrics", {}).items()

@@ -10,10 +10,11 @@ import torch
 
 from epalm.config import Recipe
 from epalm.data.example import Example
+from epalm.errors import EpalmError
 from epalm.model.augmented import AugmentedLM
 from epalm.model.load import lm_digest
 from epalm.model.weights import trained_weights
-from epalm.store.atomic import read_json_lines
+from epalm.store.atomic import NUMBER, read_json_lines
 
 _PREFIX = "partial-"
 
@@ -43,8 +44,8 @@ class PartialAnswers:
         name = f"{_PREFIX}{label}-{binding}"
         self._file = folder / f"{name}-{place}.jsonl"
         for file in sorted(folder.glob(f"{name}-*.jsonl")):
-            for line in read_json_lines(file):
-                self.answers |= {int(key): text for key, text in line["answers"].items()}
+            for line in read_json_lines(file, {"answers": dict, "seconds": NUMBER}):
+                self.answers |= _by_position(line["answers"], file)
                 self.seconds += line["seconds"]
         self._cut = self._file.is_file() and not self._file.read_bytes().endswith(b"\n")
 
@@ -55,6 +56,16 @@ class PartialAnswers:
         with self._file.open("a", encoding="utf-8") as stream:
             stream.write("\n" * self._cut + line + "\n")
         self._cut = False
+
+
+def _by_position(answers: dict[str, Any], file: Path) -> dict[int, str]:
+    for key, text in answers.items():
+        if not key.isdecimal() or not isinstance(text, str):
+            raise EpalmError(
+                f"{file}: answers: {key!r} cannot have the answer {text!r}; delete the file, what "
+                "it holds is answered again"
+            )
+    return {int(key): text for key, text in answers.items()}
 
 
 def discard_partial(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Whether two runs differ on the questions that both were evaluated on."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from epalm.data.sources import load_sources
 from epalm.errors import EpalmError
 from epalm.evaluate.metrics.interval import Difference, compare
 from epalm.evaluate.scores import evaluation_metrics
+from epalm.store.atomic import Kinds, read_json_lines
 from epalm.train.run import Run
 
 
@@ -61,8 +61,8 @@ def _predictions(run: Run) -> dict[str, dict[str, Any]]:
     path = run.folder / "predictions.jsonl"
     if not path.is_file():
         raise EpalmError(f"{path}: not there; run `evaluate` first")
-    lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold other line separators
-    return {row["id"]: row for row in map(json.loads, filter(None, lines))}
+    kinds: Kinds = {"id": str, "prediction": str, "references": list}
+    return {row["id"]: row for row in read_json_lines(path, kinds, whole=True)}
 
 
 def _the_same(example: Example | None, key: str, rows: Sequence[dict[str, Any]]) -> Example:

@@ -34,10 +34,11 @@ def undecodable(
         at_once: media given to it at a time.
 
     Raises:
-        EpalmError: a file changed since it was hashed.
+        EpalmError: a file changed since it was hashed, or the ledger was changed.
     """
     ledger = features.folder / LEDGER
-    reasons = {line["hash"]: line["reason"] for line in read_json_lines(ledger)}
+    known = read_json_lines(ledger, {"hash": str, "reason": str})
+    reasons = {line["hash"]: line["reason"] for line in known}
     left = [content_hash for content_hash in media_of if content_hash not in reasons]
     with tqdm(total=len(left), desc="decode", unit="media", disable=not left) as bar:
         for some in chunks(left, at_once):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from epalm.address import digest, resolve
 from epalm.config import Recipe
-from epalm.errors import EpalmError
+from epalm.errors import EpalmError, first_line
 from epalm.extract.encoder import Encoder, Preprocess, check_has_class_token, weights_file
 from epalm.extract.onnx_weights import read_dinov2
 from epalm.extract.pixels import REFERENCE, ImagePreprocess
@@ -72,7 +72,13 @@ def describe(recipe: Recipe, weights_at_hand: bool = True) -> FeatureSpec:
     numbers = image_numbers(recipe, pretrained)
     with torch.device("meta"):
         model = create(recipe, arch, **model_args)
-        layers, tokens, dim = _sizes(model.eval(), numbers["input_size"])
+        try:
+            layers, tokens, dim = _sizes(model.eval(), numbers["input_size"])
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise EpalmError(
+                f"encoder.image_size: {arch} cannot see {numbers['input_size'][-1]} pixels "
+                f"({first_line(error)}); set another"
+            ) from None
     if not is_vit(model) and recipe.encoder.final_norm:
         raise EpalmError(
             f"encoder.final_norm: the stages of {arch} differ in width, no norm fits them all; "

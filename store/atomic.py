@@ -4,7 +4,8 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -13,6 +14,12 @@ from epalm.errors import EpalmError
 
 PIECE = 2**21
 """Bytes after which the disk is set to work: a huge page, so that the file is mapped in such."""
+
+Kinds = Mapping[str, type | tuple[type, ...]]
+"""By name of a field, what its value may be an instance of; a bool is no number here."""
+
+NONE: Kinds = {}
+NUMBER = (int, float)
 
 _REFUSED = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR
@@ -132,19 +139,54 @@ def claim(path: Path) -> BinaryIO | None:
     return None
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file that is appended to line by line; none when it is not there.
+def read_json_lines(
+    path: Path, required: Kinds = NONE, optional: Kinds = NONE, whole: bool = False
+) -> list[dict[str, Any]]:
+    """The objects of a file that has one a line; none when it is not there.
 
-    A line that a crash cut short is left out.
+    Args:
+        required: kinds of the fields that each must have.
+        optional: kinds of fields that it may have.
+        whole: the file was not written line by line; else a line that a crash cut short is left
+            out.
+
+    Raises:
+        EpalmError: a line that is something else: somebody has changed it.
     """
     found = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
+    content = path.read_bytes() if path.is_file() else b""
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            tree = json.loads(line.decode())
+            wrong = wrong_field(tree, required, optional)
+        except UnicodeDecodeError as error:
+            wrong = f"not UTF-8 ({error.reason})"
+        except (ValueError, RecursionError) as error:
+            if not whole:
                 continue
+            wrong = f"not valid JSON ({error})"
+        if wrong:
+            raise EpalmError(f"{path}, line {number}: {wrong}; mend the line or delete it")
+        found.append(tree)
     return found
+
+
+def wrong_field(tree: Any, required: Kinds, optional: Kinds = NONE) -> str:
+    """What keeps something read from JSON from being an object with such fields; else empty."""
+    if not isinstance(tree, dict):
+        return "not a JSON object"
+    if missing := sorted(required.keys() - tree.keys()):
+        return f"has no field {missing[0]!r}"
+    for name, kinds in {**required, **optional}.items():
+        if name in tree and not _is_of(tree[name], kinds):
+            return f"{name} cannot be {reprlib.repr(tree[name])}"
+    return ""
+
+
+def _is_of(value: Any, kinds: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
 
 
 def _begin_writeback(descriptor: int, begin: int, length: int) -> None:

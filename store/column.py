@@ -60,7 +60,7 @@ class Column:
         for path in sorted((self.folder / "markers").glob("*.json")):
             marker = Marker.read(path)
             if marker is None:
-                if path.stem.isdigit():  # else somebody's own file
+                if path.stem.isdecimal():  # else somebody's own file
                     self.unreadable.append(int(path.stem))
             elif self.backend.is_whole(marker.shard, len(marker.hashes), marker.dtype):
                 self._index(marker)

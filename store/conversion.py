@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from epalm.errors import EpalmError
 from epalm.store.atomic import write_atomic
 from epalm.store.backend import check_backend
 from epalm.store.column import Column
-from epalm.store.feature_set import OLD, FeatureSet, open_set
+from epalm.store.feature_set import OLD, FeatureSet, Layout, finish_conversion, open_set
 from epalm.store.maintenance import Idle, Progress
 
 
@@ -20,38 +21,61 @@ def convert(
     """The same features under another backend, in the same place; every checksum is compared.
 
     Trainings must not be reading the set. The old files are removed when the new ones are complete;
-    interrupted at any moment, the set is there, in one form or the other.
+    interrupted at any moment, the set is there, in one form or the other, and what is half made is
+    removed: by this conversion, or after a kill by the next one.
 
     Raises:
         EpalmError: no such backend, an extraction is running, or a shard is broken.
     """
     check_backend(backend)
-    layout = replace(features.layout, backend=backend)
     work = features.folder.with_name(f".converting-{features.folder.name}")
     old = features.folder.with_name(OLD + features.folder.name)
-    with Idle(features):
-        for leftover in (work, old):  # of an interrupted conversion
+
+    def tidy() -> None:
+        finish_conversion(features.folder)  # interrupted while folders changed places
+        for leftover in (work, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        if damaged := [c.folder for c in features.columns if c.damaged]:
-            raise EpalmError(f"{damaged[0]}: has damaged shards; run `cache repair` first")
-        ignored = shutil.ignore_patterns("layout.json", "*.lock", "*.partial", *_names(features))
-        shutil.copytree(features.folder, work, ignore=ignored)
-        write_atomic(work / "layout.json", json.dumps(asdict(layout)))
-        for column in features.columns:
-            write_atomic(work / column.folder.name / "column.json", column.column.canonical())
-        into = {c.folder.name: c for c in FeatureSet(work, features.spec, layout).columns}
-        for column in features.columns:
-            into[column.folder.name].backend.reserve(max(column.markers, default=-1) + 1)
-        for column, shard in progress([(c, n) for c in features.columns for n in c.markers]):
-            _copy_shard(column, into[column.folder.name], shard)
-        features.folder.rename(old)
-        work.rename(features.folder)
-        shutil.rmtree(old)
+
+    with Idle(features):
+        tidy()
+        _check_markers(features)
+        try:
+            _write(features, replace(features.layout, backend=backend), work, progress)
+            features.folder.rename(old)
+            work.rename(features.folder)
+            shutil.rmtree(old)
+        finally:
+            tidy()
     return open_set(features.folder)
 
 
-def _names(features: FeatureSet) -> list[str]:
-    return [column.folder.name for column in features.columns]
+def _check_markers(features: FeatureSet) -> None:
+    """EpalmError when a shard cannot be converted, as its file or its marker is not whole."""
+    for column in features.columns:
+        if column.damaged:
+            raise EpalmError(f"{column.folder}: has damaged shards; run `cache repair` first")
+        for shard in column.unreadable:
+            raise EpalmError(
+                f"{column._marker_path(shard)}: not as it was written; `cache verify` names all "
+                "such markers, and what makes their shards again"
+            )
+
+
+def _write(
+    features: FeatureSet, layout: Layout, work: Path, progress: Progress[tuple[Column, int]]
+) -> None:
+    """Make the set in the folder `work`, laid out anew."""
+    names = [column.folder.name for column in features.columns]
+    ignored = shutil.ignore_patterns("layout.json", "*.lock", "*.partial", *names)
+    shutil.copytree(features.folder, work, ignore=ignored)
+    write_atomic(work / "layout.json", json.dumps(asdict(layout)))
+    for column in features.columns:
+        write_atomic(work / column.folder.name / "column.json", column.column.canonical())
+    into = {c.folder.name: c for c in FeatureSet(work, features.spec, layout).columns}
+    for column in features.columns:
+        into[column.folder.name].backend.reserve(max(column.markers, default=-1) + 1)
+    for column, shard in progress([(c, n) for c in features.columns for n in c.markers]):
+        _copy_shard(column, into[column.folder.name], shard)
 
 
 def _copy_shard(source: Column, target: Column, shard: int) -> None:

@@ -110,7 +110,11 @@ class FeatureSet:
         return chosen, tuple(sorted(left))
 
     def columns_for(self, wanted: ColumnSpec) -> list[Column]:
-        """Columns that together keep the wanted layers; one is made for those that none keeps."""
+        """Columns that together keep the wanted layers; one is made for those that none keeps.
+
+        Raises:
+            EpalmError: somebody has changed what the one to be made says already.
+        """
         chosen, missing = self.covering(wanted)
         if not missing:
             return chosen
@@ -119,7 +123,10 @@ class FeatureSet:
             chosen, missing = self.covering(wanted)
             if missing:
                 new = ColumnSpec(wanted.tokens, wanted.token_count, missing, wanted.augmentation)
-                write_atomic(self.folder / new.name / "column.json", new.canonical())
+                path = self.folder / new.name / "column.json"
+                if path.is_file():
+                    raise EpalmError(f"{path}: was changed; make it {new.canonical()} again")
+                write_atomic(path, new.canonical())
                 self.find_columns()
                 chosen, _ = self.covering(wanted)
         return chosen
@@ -131,6 +138,10 @@ class FeatureSet:
             return Catalogue()
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
+            _check_kinds(tree["media"], [str, int, int])
+            _check_kinds(tree["unreadable"], [str, str, str])
+            if not isinstance(tree["root"], str):
+                raise TypeError
             media = {key: CatalogueEntry(*entry) for key, entry in tree["media"].items()}
             unreadable = {key: Failure(*entry) for key, entry in tree["unreadable"].items()}
             return Catalogue(tree["root"], media, unreadable)
@@ -176,8 +187,8 @@ class FeatureSet:
         """What the last extraction into this set took."""
         try:
             text = (self.folder / "extraction.json").read_text(encoding="utf-8")
-            return Stage(**json.loads(text))
-        except (FileNotFoundError, ValueError, TypeError):
+            return Stage.of(json.loads(text))
+        except (FileNotFoundError, ValueError):
             return None
 
     def record_extraction(self, stage: Stage) -> None:
@@ -196,7 +207,7 @@ class FeatureSet:
     def failures(self) -> list[dict[str, str]]:
         """The ledger's entries: media, hash, reason and exception of each; the hash of a file that
         cannot even be read is empty."""
-        return read_json_lines(self.ledger)
+        return read_json_lines(self.ledger, {"reason": str}, whole=True)
 
     def _failures(self) -> list[dict[str, Any]]:
         lines: list[dict[str, Any]] = []
@@ -224,8 +235,10 @@ class FeatureSet:
     def _open_column(self, folder: Path) -> Column:
         try:
             column = ColumnSpec.from_json((folder / "column.json").read_text(encoding="utf-8"))
+            if column.name != folder.name:
+                raise ValueError(f"describes {column.name}")
             return Column(folder, self.spec, column, self.layout.backend, self.layout.shard_rows)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError) as error:
             raise EpalmError(
                 f"{folder}: its column.json is not readable ({error!r}); write it anew after that "
                 "of a column like it, or move the folder away"
@@ -313,6 +326,13 @@ def finish_conversion(folder: Path) -> None:
 def folder_name(spec: FeatureSpec) -> str:
     """Name of a set's folder: the architecture, for people, and the fingerprint."""
     return f"{spec.encoder.rsplit('/', 1)[-1]}-{spec.fingerprint}"
+
+
+def _check_kinds(records: dict[str, list[Any]], kinds: list[type]) -> None:
+    """TypeError when a record's fields are of other kinds: `cache gc` relies on the hashes."""
+    for fields in records.values():
+        if [*map(type, fields)] != kinds:
+            raise TypeError
 
 
 def _read_spec(folder: Path) -> FeatureSpec | None:

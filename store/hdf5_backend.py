@@ -67,7 +67,7 @@ class HDF5Backend:
         return [path for path in [self._path(shard)] if path.is_file()]
 
     def shards(self) -> set[int]:
-        return {int(path.stem) for path in self.folder.glob("[0-9]*.h5")}
+        return {int(p.stem) for p in self.folder.glob("[0-9]*.h5") if p.stem.isdecimal()}
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:06}.h5"

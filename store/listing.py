@@ -7,7 +7,7 @@ from pathlib import Path
 from epalm.errors import EpalmError
 from epalm.store.column import Column
 from epalm.store.feature_set import FeatureSet, open_set, specs
-from epalm.store.needs import needs
+from epalm.store.needs import needs, unreadable_needs
 
 HEADER = ("set", "modality", "backend", "column", "rows", "failed", "shards", "size")
 
@@ -82,9 +82,10 @@ def page_of_set(features: FeatureSet) -> str:
             f"dataset {dataset}: {len(known.media):,} media, {len(known.unreadable):,} unreadable; "
             f"files were in {known.root}"
         )
-    for need in needs(features):
+    for need in (n for n in needs(features) if n.is_readable):
         shards = "any" if need.shards is None else sum(map(len, need.shards.values()))
         lines.append(f"needed by {need.run}: {shards} shards")
+    lines += unreadable_needs(features)
     for reason, count in Counter(f["reason"] for f in features.failures()).most_common(10):
         lines.append(f"failed: {count:,} x {reason}")
     if stage := features.last_extraction():

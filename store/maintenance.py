@@ -99,7 +99,7 @@ def removed_media(features: FeatureSet, dataset: str) -> list[str]:
 
 def removed_runs(features: FeatureSet) -> list[Path]:
     """Runs that needed shards of the set and are gone, where the folder of runs is still there."""
-    runs = [need.run for need in needs(features)]
+    runs = [need.run for need in needs(features) if need.is_readable]
     return [r for r in runs if r.parent.is_dir() and not (r / "recipe.yaml").is_file()]
 
 

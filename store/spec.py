@@ -7,7 +7,9 @@ feature set serves every dataset that was encoded alike.
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_origin, get_type_hints
+
+from epalm.store.atomic import wrong_field
 
 FORMAT_VERSION = 2
 
@@ -78,7 +80,7 @@ class FeatureSpec:
     @classmethod
     def from_json(cls, text: str) -> "FeatureSpec":
         """Read `canonical()` back; ValueError or TypeError when it is something else."""
-        return cls(**json.loads(text))
+        return _feature_spec(json.loads(text))
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,8 @@ def read_spec(text: str) -> FeatureSpec | JointSpec:
     """What either `canonical()` gave; ValueError or TypeError when it is something else."""
     tree = json.loads(text)
     if "sources" not in tree:
-        return FeatureSpec(**tree)
-    return JointSpec({name: FeatureSpec(**spec) for name, spec in tree["sources"].items()})
+        return _feature_spec(tree)
+    return JointSpec({name: _feature_spec(spec) for name, spec in dict(tree["sources"]).items()})
 
 
 @dataclass(frozen=True)
@@ -170,9 +172,22 @@ class ColumnSpec:
 
     @classmethod
     def from_json(cls, text: str) -> "ColumnSpec":
-        """Read `canonical()` back; ValueError, KeyError or TypeError when it is something else."""
+        """Read `canonical()` back; ValueError or TypeError when it is something else."""
         tree = json.loads(text)
-        return cls(**{**tree, "layers": tuple(tree["layers"])})
+        kinds = {"tokens": str, "token_count": int, "layers": list}
+        if wrong := wrong_field(tree, kinds, {"augmentation": (dict, type(None))}):
+            raise ValueError(wrong)
+        layers = tuple(tree["layers"])
+        if not layers or any(type(layer) is not int or layer < 0 for layer in layers):
+            raise ValueError(f"layers cannot be {list(layers)}")
+        return cls(**{**tree, "layers": layers})
+
+
+def _feature_spec(tree: Any) -> FeatureSpec:
+    kinds = {name: get_origin(kind) or kind for name, kind in get_type_hints(FeatureSpec).items()}
+    if wrong := wrong_field(tree, kinds):
+        raise ValueError(wrong)
+    return FeatureSpec(**tree)
 
 
 def _canonical(tree: Any) -> str:

@@ -1,6 +1,8 @@
 """What a stage of the pipeline took."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from epalm.store.atomic import NUMBER, wrong_field
 
 
 class Stage(NamedTuple):
@@ -8,3 +10,10 @@ class Stage(NamedTuple):
 
     seconds: float
     rate: str
+
+    @classmethod
+    def of(cls, tree: Any) -> "Stage":
+        """What `_asdict` gave; ValueError when it is something else."""
+        if wrong := wrong_field(tree, {"seconds": NUMBER, "rate": str}):
+            raise ValueError(wrong)
+        return cls(tree["seconds"], tree["rate"])

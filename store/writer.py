@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epalm.errors import EpalmError
-from epalm.store.atomic import Draft, claim, locked, write_atomic
+from epalm.store.atomic import Draft, claim, locked, write_atomic, wrong_field
 from epalm.store.blocks import DraftBlock
 from epalm.store.column import Column
 from epalm.store.marker import Failure, Marker, Plan, Row
@@ -198,7 +198,7 @@ class ColumnWriter:
 
     def _plans(self) -> dict[int, list[Row]]:
         paths = sorted((self.column.folder / "plans").glob("[0-9]*.json"))
-        return {int(path.stem): _read_plan(path) for path in paths}
+        return {int(path.stem): _read_plan(path) for path in paths if path.stem.isdecimal()}
 
     def _write_plan(self, plan: Plan) -> None:
         write_atomic(self.column._plan_path(plan.shard), json.dumps(vars(plan)))
@@ -214,11 +214,15 @@ class ColumnWriter:
 
 
 def _read_plan(path: Path) -> list[Row]:
-    """The rows of a plan; none when the file is cut short."""
+    """The rows of a plan; none when the file is cut short or was changed."""
     try:
-        return Plan(**json.loads(path.read_text(encoding="utf-8"))).rows
-    except (ValueError, TypeError, FileNotFoundError):
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, FileNotFoundError):
         return []
+    kinds = {"shard": int, "view": int, "hashes": list}
+    if wrong_field(tree, kinds) or tree.keys() != kinds.keys() or tree["shard"] != int(path.stem):
+        return []
+    return Plan(**tree).rows if all(isinstance(h, str) for h in tree["hashes"]) else []
 
 
 def _drop_if_idle(path: Path) -> bool:

@@ -76,7 +76,8 @@ class ZarrBackend:
     def shards(self) -> set[int]:
         names = ("features", "features_float32")
         chunks = (p for name in names for p in (self.folder / name).glob("c.*"))
-        return {int(path.name.split(".")[1]) for path in chunks}
+        numbers = (path.name.split(".")[1] for path in chunks)
+        return {int(number) for number in numbers if number.isdecimal()}
 
     def _array(self, dtype: str) -> str:
         return "features" if dtype == self.dtype else f"features_{dtype}"
@@ -112,10 +113,11 @@ class ZarrBackend:
             return
         try:
             metadata = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            grows = metadata["shape"][0] < rows
+        except (ValueError, TypeError, LookupError):
             raise EpalmError(
                 f"{path}: not readable; write it anew after that of another feature set"
             ) from None
-        if metadata["shape"][0] < rows:
+        if grows:
             metadata["shape"][0] = rows
             write_atomic(path, json.dumps(metadata, indent=2))

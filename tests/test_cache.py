@@ -16,6 +16,7 @@ from PIL import Image
 from epalm.config import load_recipe
 from epalm.data import load_dataset
 from epalm.extract.lookup import open_features
+from epalm.store import conversion
 from epalm.store.backend import BACKENDS
 from epalm.store.feature_set import FeatureSet, find, open_set, specs
 from epalm.store.marker import Row
@@ -170,6 +171,48 @@ def test_convert_there_and_back(cli: Cli, toy: Toy, tmp_path: Path, backend: str
     break_shard(only_set(tmp_path), 1)
     refused(cli("cache", "convert", recipe, "--to", other), "shard 1 is broken")
     assert only_set(tmp_path).layout.backend == backend
+    assert not list((tmp_path / "features").glob(".conv*"))
+
+
+@pytest.mark.parametrize("place", ["copying", "first rename", "second rename", "removal"])
+def test_an_interrupted_conversion_leaves_nothing_behind(
+    cli: Cli, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    recipe = toy()
+    ok(cli("extract", recipe))
+    before, name = files(tmp_path / "features"), only_set(tmp_path).folder.name
+    owner, function, argument = {
+        "copying": (conversion, "_copy_shard", None),
+        "first rename": (Path, "rename", name),
+        "second rename": (Path, "rename", f".converting-{name}"),
+        "removal": (shutil, "rmtree", f".converted-{name}"),
+    }[place]
+    real = getattr(owner, function)
+
+    def interrupt(first: object, *rest: object, **named: object) -> object:
+        path = Path(str(first))
+        if argument is None or (path.name == argument and path.exists()):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return real(first, *rest, **named)
+
+    monkeypatch.setattr(owner, function, interrupt)
+    result = cli("cache", "convert", recipe, "--to", "hdf5")
+    assert result.exit_code == 130, result.output
+    assert not list((tmp_path / "features").glob(".conv*"))
+    assert only_set(tmp_path).layout.backend == ("hdf5" if place == "removal" else "zarr")
+    ok(cli("cache", "convert", recipe, "--to", "zarr"))
+    assert files(tmp_path / "features") == before
+
+
+def test_what_a_marker_cannot_say_is_not_converted(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy()
+    ok(cli("extract", recipe))
+    marker = only_set(tmp_path).columns[0]._marker_path(1)
+    marker.write_text("{")
+    before = files(tmp_path / "features")
+    refused(cli("cache", "convert", recipe, "--to", "hdf5"), str(marker), "`cache verify`")
+    assert files(tmp_path / "features") == before
 
 
 def test_gc_deletes_what_nothing_refers_to(cli: Cli, toy: Toy, tmp_path: Path) -> None:

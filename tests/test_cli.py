@@ -163,6 +163,8 @@ def test_prediction_of_a_broken_image(cli: Cli, toy: Toy, tmp_path: Path) -> Non
             ["special_tokens", "embedding rows"],
         ),
         ("train.batch_size=5000", ["train.batch_size"]),
+        ("encoder.image_size=5", ["encoder.image_size: vit_tiny_patch16_224 cannot see 5 pixels"]),
+        (f"seed={2**64}", ["seed: Input should be less than 18446744073709551616"]),
     ],
 )
 def test_what_does_not_fit(cli: Cli, toy: Toy, override: str, words: list[str]) -> None:

@@ -168,6 +168,14 @@ def test_processes_see_what_all_have_answered(tmp_path: Path) -> None:
     assert PartialAnswers(tmp_path, "control", "x").answers == {}
 
 
+@pytest.mark.parametrize("answers", ['{"one": "a"}', '{"1": 2}', '"a"'])
+def test_partial_answers_that_were_changed_are_refused(tmp_path: Path, answers: str) -> None:
+    line = f'{{"answers": {answers}, "seconds": 1.0}}\n'
+    (tmp_path / "partial-evaluate-x-0.jsonl").write_text(line)
+    with pytest.raises(EpalmError, match=r"partial-evaluate-x-0\.jsonl.* answers"):
+        PartialAnswers(tmp_path, "evaluate", "x")
+
+
 def test_evaluation_on_another_dataset(cli: Cli, run: Run, tmp_path: Path) -> None:
     assert cli("evaluate", run.folder).exit_code == 0
     before = run.scores.read_text()
@@ -200,8 +208,9 @@ def test_evaluation_on_another_dataset(cli: Cli, run: Run, tmp_path: Path) -> No
     assert "toy-on-other" in compared.output
     target = tmp_path / "runs" / "other"
     target.mkdir()
-    better = {"exact_match": {"value": found["accuracy"] + 0.125}}
-    (target / "scores.json").write_text(json.dumps({"metrics": better, "split": "test"}))
+    better = found["metrics"]["exact_match"] | {"value": found["accuracy"] + 0.125}
+    better = found | {"metrics": {"exact_match": better}}
+    (target / "scores.json").write_text(json.dumps(better))
     assert "the gap is -12.5." in cli("evaluate", run.folder, "--on", recipe).output
 
 
@@ -259,3 +268,51 @@ def test_recipes_of_several_sources_are_not_mixed(run: Run) -> None:
     )
     with pytest.raises(EpalmError, match="one source"):
         elsewhere(run, two)
+
+
+def test_scores_that_were_changed_are_refused(cli: Cli, run: Run) -> None:
+    cli("evaluate", run.folder)
+    written = run.scores.read_bytes()
+    tree = json.loads(written)
+    untyped = tree["metrics"]["exact_match"] | {"by_type": {}}
+    changed = {
+        b"": "Invalid JSON",
+        written[:-9]: "Invalid JSON",
+        b"\xff" + written: "Invalid JSON",
+        b"[]": "Input should be an object",
+    } | {
+        json.dumps(tree | change).encode(): words
+        for change, words in (
+            ({"split": 5}, "split: "),
+            ({"examples": "60"}, "examples: "),
+            ({"accuracy": None}, "accuracy: "),
+            ({"total_parameters": 0}, "total_parameters: "),
+            ({"seconds": {"train": "1"}}, "seconds.train: "),
+            ({"rates": {}}, "rates: "),
+            ({"examples_by_type": {"x": 1}}, "examples_by_type: "),
+            ({"shuffled_accuracy_by_type": {}}, "shuffled_accuracy_by_type: "),
+            ({"metrics": {"exact_match": {"value": 0.5, "n": 1}}}, "exact_match.interval: "),
+            ({"shuffled_metrics": {"exact_match": untyped}}, "exact_match.by_type: "),
+        )
+    }  # fmt: skip
+    for content, words in changed.items():
+        run.scores.write_bytes(content)
+        for command in ("show", "compare"):
+            refused(cli(command, run.folder), f"{run.scores}: not as", words, "run `evaluate")
+    run.scores.write_bytes(written)
+    assert cli("show", run.folder).exit_code == 0
+
+
+def test_predictions_that_were_changed_are_refused(cli: Cli, run: Run) -> None:
+    cli("evaluate", run.folder)
+    path = run.folder / "predictions.jsonl"
+    first, second, *rest = path.read_bytes().split(b"\n")
+    for changed, words in (
+        (second[:-1], "not valid JSON"),
+        (b"\xff", "not UTF-8"),
+        (b"{}", "has no field 'id'"),
+        (second.replace(b'"prediction": ', b'"prediction": 5, "was": '), "prediction cannot be 5"),
+    ):
+        path.write_bytes(b"\n".join([first, changed, *rest]))
+        paired = cli("compare", run.folder, run.folder, "--paired")
+        refused(paired, f"{path}, line 2: {words}", "mend the line or delete it")

@@ -327,6 +327,11 @@ def test_bad_media_mean_what_they_mean_with_a_cache(
     lines = read_json_lines(ledger)
     assert len({line["hash"] for line in lines}) == len(lines) == 13  # nothing is tried twice
     assert [line["media"] for line in lines if line["reason"]] == ["images/2.png"]
+    written = ledger.read_text()
+    ledger.write_text(written + '{"hash": "ab", "reason": null}\n{"hash": "c')
+    with pytest.raises(EpalmError, match=r"decoded\.jsonl, line \d+: reason cannot be None"):
+        assemble(parts.recipe)
+    ledger.write_text(written + '{"hash": "c')
 
     Image.new("RGB", (64, 64)).save(tmp_path / "images" / "3.png")
     with pytest.raises(EpalmError, match=r"images/3\.png: could be decoded when it was checked"):

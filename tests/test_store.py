@@ -1,6 +1,7 @@
 """The store: the contract every backend keeps, columns over it, and feature sets of columns."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from epalm.store.feature_set import (
     open_set,
 )
 from epalm.store.marker import Failure, Marker, Row
-from epalm.store.spec import ColumnSpec, FeatureSpec
+from epalm.store.spec import ColumnSpec, FeatureSpec, read_spec
 from epalm.store.writer import ColumnWriter
 
 SPEC = FeatureSpec(
@@ -308,6 +309,29 @@ def test_a_plan_that_outlived_its_marker_is_cleared_away(column: Column) -> None
     assert not plan.exists()
 
 
+@pytest.mark.parametrize(
+    "change", [{"hashes": "ab"}, {"hashes": [["a"]]}, {"view": "0"}, {"shard": 1}, {"more": 1}]
+)
+def test_a_plan_that_was_changed_is_made_anew(column: Column, change: dict) -> None:
+    writer = ColumnWriter(column)
+    writer.plan([row("a"), row("b")])
+    plan = column.folder / "plans" / "000000.json"
+    written = plan.read_text()
+    plan.write_text(json.dumps(json.loads(written) | change))
+    assert writer.plan([row("a"), row("b")]) == {0: 2}
+    assert plan.read_text() == written
+
+
+def test_other_files_of_somebody_are_in_nobodys_way(column: Column) -> None:
+    write(column, [row("a")], rows(1))
+    for path in [p for p in column.folder.rglob("*0*") if p.is_file()]:
+        path.with_stem(f"{path.stem} (copy)").write_bytes(path.read_bytes())
+    (column.folder / "plans" / "000000 (copy).json").write_text("{}")
+    again = reopened(column)
+    assert ColumnWriter(again).plan([row("a"), row("b")]) == {1: 1}
+    assert again.backend.shards() == {0}
+
+
 def test_a_truncated_shard_is_made_again_in_its_place(column: Column) -> None:
     write(column, [row(h) for h in "abcdef"], rows(6))
     before = files(column.folder)
@@ -435,6 +459,15 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
         assert process.communicate()[0] == "(100, 3, 1, 5)\n"
 
 
+def test_changed_zarr_metadata_are_named(tmp_path: Path) -> None:
+    backend = open_backend("zarr", tmp_path, (3, 1, 5), "float16", 4)
+    backend.reserve(1)
+    for text in ("{", "[]", "{}", '{"shape": []}', '{"shape": ["4"]}'):
+        (tmp_path / "features" / "zarr.json").write_text(text)
+        with pytest.raises(EpalmError, match=r"features/zarr\.json: not readable"):
+            backend.reserve(2)
+
+
 def test_a_half_written_block_is_not_valid_to_zarr_readers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -559,9 +592,19 @@ def test_fingerprint_follows_every_field() -> None:
     assert same == SPEC
     assert same.fingerprint == SPEC.fingerprint
     tree = json.loads(SPEC.canonical())
+    other = {dict: {"other": 1}, bool: False, int: 99, str: "x"}
     for key, value in tree.items():
-        changed = tree | {key: {"other": 1} if isinstance(value, dict) else f"{value}x"}
+        changed = tree | {key: other[type(value)]}
         assert FeatureSpec.from_json(json.dumps(changed)).fingerprint != SPEC.fingerprint, key
+
+
+def test_a_spec_with_other_kinds_of_values_is_not_read() -> None:
+    tree = json.loads(SPEC.canonical())
+    for key, value in tree.items():
+        for wrong in (None, [], "5" if isinstance(value, int) else 5, {"sources": value}):
+            if not isinstance(wrong, type(value)):
+                with pytest.raises(ValueError, match=key):
+                    read_spec(json.dumps(tree | {key: wrong}))
 
 
 def test_mismatch_names_the_differing_fields(features: FeatureSet, tmp_path: Path) -> None:
@@ -626,12 +669,49 @@ def test_what_is_no_set_is_not_to_be_deleted(features: FeatureSet, tmp_path: Pat
 def test_damaged_small_files(features: FeatureSet) -> None:
     features.write_catalogue("one", Catalogue("/data", {"x": CatalogueEntry("aa", 1, 1)}))
     (path,) = (features.folder / "catalogue").iterdir()
-    for text in ("{", "[]", '{"root": ""}'):
+    entry = {"root": "", "media": {"x": ["aa", 1, 1]}, "unreadable": {"y": ["y", "bad", "E"]}}
+    changed = [
+        entry | change
+        for change in (
+            {"root": None}, {"media": []}, {"media": {"x": [["aa"], 1, 1]}},
+            {"media": {"x": ["aa", 1]}}, {"unreadable": {"y": ["y", "bad", None]}},
+        )
+    ]  # fmt: skip
+    for text in ("{", "[]", '{"root": ""}', *map(json.dumps, changed)):
         path.write_text(text)
         with pytest.raises(EpalmError, match="not a readable catalogue"):
             features.catalogue("one")
     (features.folder / "extraction.json").write_text("{")
     assert features.last_extraction() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layers": []}, "layers"),
+        ({"layers": "x"}, "layers"),
+        ({"layers": [[0]]}, "layers"),
+        ({"layers": [-1]}, "layers"),
+        ({"layers": [0, 1]}, "describes cls-0-1"),
+        ({"tokens": 1}, "tokens"),
+        ({"token_count": "1"}, "token_count"),
+        ({"augmentation": []}, "augmentation"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_a_changed_column_spec(column: Column, change: dict, words: str) -> None:
+    path = column.folder / "column.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(EpalmError, match=f"its column.json is not readable .*{words}"):
+        open_set(column.folder.parent)
+
+
+def test_a_changed_column_is_not_replaced(column: Column) -> None:
+    path = column.folder / "column.json"
+    written = path.read_text()
+    path.write_text(json.dumps(json.loads(written) | {"token_count": 5}))
+    with pytest.raises(EpalmError, match=f"{path}: was changed; make it {re.escape(written)}"):
+        open_set(column.folder.parent).columns_for(CLS)
 
 
 def test_names_of_datasets_do_not_clash(features: FeatureSet) -> None:
@@ -657,6 +737,32 @@ def test_a_log_cut_by_a_crash_loses_its_last_line_only(tmp_path: Path) -> None:
     log.write_text('{"a": 1}\n{"a": 2}\n{"a": 3')
     assert read_json_lines(log) == [{"a": 1}, {"a": 2}]
     assert read_json_lines(tmp_path / "gone") == []
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"a": "\xff"}', "not UTF-8"),
+        (b"[1]", "not a JSON object"),
+        (b"null", "not a JSON object"),
+        (b'{"b": 1.5}', "has no field 'a'"),
+        (b'{"a": "1"}', "a cannot be '1'"),
+        (b'{"a": true}', "a cannot be True"),
+        (b'{"a": 1, "b": {}}', "b cannot be {}"),
+    ],
+)
+def test_a_log_that_was_changed_is_refused(tmp_path: Path, line: bytes, words: str) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"a": 1, "b": 2.5}\n\n' + line + b'\n{"a": 2')
+    with pytest.raises(EpalmError, match=f"log.jsonl, line 3: {words}.*; mend the line or delete"):
+        read_json_lines(log, {"a": int}, {"b": (int, float)})
+
+
+def test_only_a_log_may_be_cut(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"a": 1}\n{"a"')
+    with pytest.raises(EpalmError, match="line 2: not valid JSON"):
+        read_json_lines(log, whole=True)
 
 
 def test_atomic_write_leaves_nothing_behind_on_failure(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """States of texts at the first injection layer, cached like features."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,22 @@ def test_the_cache_commands_know_them(
     monkeypatch.setattr(text_states.TextStates, "_states", None)  # nothing is made again
     shutil.rmtree(tmp_path / "runs" / "one")
     train("one")
+
+    # a note that is not as it was written keeps all there is, until its run is trained again
+    (record,) = (folder / "runs").iterdir()
+    written, held = record.read_text(), shards()
+    tree = json.loads(written)
+    column = next(iter(tree["shards"]))
+    for change in (
+        {"shards": [0]}, {"shards": {column: 0}}, {"shards": {column: ["0"]}},
+        {"run": 7}, {"run": ""}, {"run": "one"},
+    ):  # fmt: skip
+        record.write_text(json.dumps(tree | change))
+        said = run("cache", "gc", folder, "--removed")
+        assert f"{record}: `run` or `shards` is not as" in said and "0 files" in said
+        assert f"{record}: `run` or `shards` is not as" in run("cache", "info", folder)
+    train("one")
+    assert record.read_text() == written and shards() == held
 
     # a run's folder that cannot be seen is not one that is gone
     (tmp_path / "runs").rename(tmp_path / "away")

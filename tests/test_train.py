@@ -239,10 +239,26 @@ def test_checkpoint_errors(prepare: Callable[..., Parts], tmp_path: Path) -> Non
     with pytest.raises(EpalmError, match="does not fit the recipe's variant"):
         load_weights(run.best, other.model)
     run.best.write_bytes(run.best.read_bytes()[:100])
-    with pytest.raises(EpalmError, match="not a readable checkpoint"):
+    with pytest.raises(EpalmError, match="not a readable checkpoint .*; delete it and run `train`"):
         load_weights(run.best, parts.model)
     with pytest.raises(EpalmError, match="no such checkpoint"):
         load_weights(tmp_path / "gone.safetensors", parts.model)
+
+
+def test_small_files_that_were_changed(toy_recipe: Recipe) -> None:
+    run = Run.create(toy_recipe)
+    for name, said, read, texts in (
+        ("stages.json", "must give `seconds` and `rate`", run.stages,
+         ("{", "[]", '{"train": []}', '{"train": {"seconds": "1", "rate": ""}}')),
+        ("metrics.jsonl", "line 1: loss", run.read_metrics, ('{"step": 1, "loss": null}',)),
+        ("metrics.jsonl", "line 1: .* 'step'", lambda: run.truncate_metrics(1), ('{"loss": 1}',)),
+        ("features.json", "not readable by this version", run.recorded_features,
+         ("{", "[]", "7", "{}", '{"sources": [1]}', '{"sources": {"main": {}}}')),
+    ):  # fmt: skip
+        for text in texts:
+            (run.folder / name).write_text(text)
+            with pytest.raises(EpalmError, match=f"{name}.*{said}"):
+                read()
 
 
 def test_prompts_too_long_or_empty(prepare: Callable[..., Parts], toy_recipe: Recipe) -> None:

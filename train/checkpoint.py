@@ -100,5 +100,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], Progress]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             progress = Progress(**json.loads(file.metadata()["progress"]))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise EpalmError(f"{path}: not a readable checkpoint ({error})") from None
+        raise EpalmError(
+            f"{path}: not a readable checkpoint ({error}); delete it and run `train` again"
+        ) from None
     return tensors, progress

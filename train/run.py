@@ -21,7 +21,7 @@ from typing import Any
 
 from epalm.config import Recipe, dump_recipe, load_recipe
 from epalm.errors import EpalmError
-from epalm.store.atomic import read_json_lines, write_atomic
+from epalm.store.atomic import NUMBER, read_json_lines, write_atomic
 from epalm.store.spec import FeatureSpec, JointSpec, read_spec
 from epalm.store.stage import Stage
 
@@ -165,15 +165,22 @@ class Run:
         self.write(self._stages, text)
 
     def stages(self) -> dict[str, Stage]:
-        """The stages recorded so far, by name."""
+        """The stages recorded so far, by name; EpalmError where somebody has changed them."""
         if not self._stages.is_file():
             return {}
-        known = json.loads(self._stages.read_text(encoding="utf-8"))
-        return {name: Stage(**stage) for name, stage in known.items()}
+        try:
+            known = json.loads(self._stages.read_text(encoding="utf-8"))
+            return {name: Stage.of(tree) for name, tree in known.items()}
+        except (ValueError, AttributeError) as error:
+            raise EpalmError(
+                f"{self._stages}: must give `seconds` and `rate` of each stage ({error}); delete "
+                "it, and the times so far are not reported"
+            ) from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        return read_json_lines(self.metrics)
+        """The lines of metrics.jsonl; EpalmError where somebody has changed one."""
+        plotted = {"loss": NUMBER, "val_score": NUMBER}
+        return read_json_lines(self.metrics, {"step": int}, plotted)
 
     def truncate_metrics(self, step: int) -> None:
         """Forget what was logged after a step."""
