@@ -165,7 +165,7 @@ class Column:
             elif row not in self._row_of:
                 self.failures[row] = failure
 
-    def _marker_path(self, shard: int) -> Path:
+    def marker_path(self, shard: int) -> Path:
         return self.folder / "markers" / f"{shard:06}.json"
 
     def _plan_path(self, shard: int) -> Path:

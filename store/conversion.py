@@ -56,7 +56,7 @@ def _check_markers(features: FeatureSet) -> None:
             raise EpalmError(f"{column.folder}: has damaged shards; run `cache repair` first")
         for shard in column.unreadable:
             raise EpalmError(
-                f"{column._marker_path(shard)}: not as it was written; `cache verify` names all "
+                f"{column.marker_path(shard)}: not as it was written; `cache verify` names all "
                 "such markers, and what makes their shards again"
             )
 
@@ -86,4 +86,4 @@ def _copy_shard(source: Column, target: Column, shard: int) -> None:
         block.discard()
         raise EpalmError(f"{source.folder}: shard {shard} is broken; run `cache repair` first")
     block.publish()
-    write_atomic(target._marker_path(shard), marker.text())
+    write_atomic(target.marker_path(shard), marker.text())

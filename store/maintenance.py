@@ -133,7 +133,7 @@ def garbage(features: FeatureSet, removed: Removed) -> list[Path]:
             if shard not in needed and known.isdisjoint(marker.hashes)
         }
         # markers before their blocks
-        found += [column._marker_path(n) for n in sorted(unknown.union(column.unreadable))]
+        found += [column.marker_path(n) for n in sorted(unknown.union(column.unreadable))]
         found += sorted((column.folder / "plans").glob("[0-9]*.json"))
         orphans = column.backend.shards() - column.markers.keys()
         found += [p for n in sorted(orphans | unknown) for p in column.backend.files(n)]

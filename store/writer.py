@@ -110,7 +110,7 @@ class ColumnWriter:
 
     def is_made(self, shard: int) -> bool:
         """The shard's marker is there."""
-        return self.column._marker_path(shard).is_file()
+        return self.column.marker_path(shard).is_file()
 
     def is_lost(self, shard: int) -> bool:
         """The shard is neither made nor planned any more."""
@@ -143,7 +143,7 @@ class ColumnWriter:
         marker = Marker(plan.shard, plan.view, plan.hashes, dtype, block.sha256, failed)
         with ExitStack() as undone:
             undone.callback(block.discard)
-            file = undone.enter_context(Draft(column._marker_path(plan.shard)))
+            file = undone.enter_context(Draft(column.marker_path(plan.shard)))
             file.write(marker.text().encode())
             undone.pop_all()
         return DraftShard(marker, block, file)
@@ -180,7 +180,7 @@ class ColumnWriter:
                 if whole and column.is_intact(shard) and column.is_told_rightly(shard):
                     continue
                 self._write_plan(Plan(shard, marker.view, marker.hashes))
-                column._marker_path(shard).unlink()
+                column.marker_path(shard).unlink()
             column.refresh()
 
     def _check_backend(self) -> None:

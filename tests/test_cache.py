@@ -208,7 +208,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(
 def test_what_a_marker_cannot_say_is_not_converted(cli: Cli, toy: Toy, tmp_path: Path) -> None:
     recipe = toy()
     ok(cli("extract", recipe))
-    marker = only_set(tmp_path).columns[0]._marker_path(1)
+    marker = only_set(tmp_path).columns[0].marker_path(1)
     marker.write_text("{")
     before = files(tmp_path / "features")
     refused(cli("cache", "convert", recipe, "--to", "hdf5"), str(marker), "`cache verify`")
@@ -479,7 +479,7 @@ def test_verify_names_markers_that_were_changed(cli: Cli, toy: Toy, tmp_path: Pa
     recipe = toy()
     ok(cli("extract", recipe))
     column = only_set(tmp_path).columns[0]
-    marker = column._marker_path(1)
+    marker = column.marker_path(1)
     written = marker.read_text()
     marker.write_text(written.replace('"view": 0', '"view": 1'))
     refused(cli("cache", "verify", recipe), "cls-0-5, shard 1: its marker", "`extract`")

@@ -101,7 +101,7 @@ def test_a_marker_is_in_place_only_after_its_block_is_on_disk(
     monkeypatch.setattr(Path, "replace", placed)
     publish(claims, writer)
     for shard in range(SHARDS):
-        marker = column._marker_path(shard)
+        marker = column.marker_path(shard)
         in_place = done.index(("placed", marker))
         assert done.index(("flushed", partial_of(marker))) < in_place
         *told, features = column.backend.files(shard)
@@ -143,7 +143,7 @@ def test_an_error_of_the_thread_is_raised_and_the_rest_can_be_made(
         column = make(str(number))
         writer = ColumnWriter(column)
         claims = claimed(writer)
-        file = column._marker_path(5)
+        file = column.marker_path(5)
         if place == "features":
             file = next(
                 (whole.folder / name)
