@@ -83,6 +83,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _start_has_features(self) -> "Recipe":
+        if self.encoder.online and self.train.connection_start == "answers":
+            raise ValueError(
+                "train.connection_start: answers needs features that are kept; set "
+                "it to random, or encoder.online to false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _lm_can_be_spread(self) -> "Recipe":
         variant = self.variant
         adapters = variant.attention_adapters.reduction or variant.feed_forward_adapters.reduction

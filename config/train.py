@@ -21,6 +21,11 @@ class TrainConfig(Section):
         4, description="at most so many examples about one media stand together in a batch"
     )
     lr: float = Field(2e-5, gt=0, description="peak learning rate of the connections")
+    connection_start: Literal["random", "answers"] = Field(
+        "random",
+        description="random: torch's, the paper's; answers: ours, perceptual tokens as much as can "
+        "be like the LM's states of the media's answers (yes and no left out)",
+    )
     warmup_lr: float = Field(0.0, ge=0, description="learning rate that the warm-up starts from")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the last step")
     schedule: Literal["cosine", "official", "official-caption"] = Field(

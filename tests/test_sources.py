@@ -18,6 +18,7 @@ from epalm.errors import EpalmError
 from epalm.extract.placement import FREE_SHARE
 from epalm.extract.sources import open_sources
 from epalm.model.augmented import AugmentedLM
+from epalm.train.answer_start import start_from_answers
 from epalm.train.loss import example_losses
 from epalm.train.parts import assemble
 from tests.conftest import batches_of, tiny_opt
@@ -179,6 +180,23 @@ def test_images_and_sounds_from_files_to_answers(cli: Cli, both: Recipes, tmp_pa
     resumed = load_file(tmp_path / "runs" / "cut" / "checkpoints" / "last.safetensors")
     for name, value in load_file(run / "checkpoints" / "last.safetensors").items():
         assert torch.equal(resumed[name], value), name
+
+
+def test_the_answer_start_is_each_sources_own(cli: Cli, both: Recipes) -> None:
+    path = both(audio={"views": {"count": 2}})
+    assert cli("extract", path).exit_code == 0
+    parts = assemble(load_recipe(path))
+    examples = parts.dataset.split("train")
+    start_from_answers(parts, examples)
+    together = {k: v.clone() for k, v in parts.model.trained["connection"].state_dict().items()}
+    with pytest.raises(EpalmError, match="but yes and no in source main; set it to random"):
+        start_from_answers(parts, [e for e in examples if e.source == "audio"])
+    sounds = {f"of.audio.linears.{n}.{kind}" for n in range(3) for kind in ("weight", "bias")}
+    for name, value in parts.model.trained["connection"].state_dict().items():
+        assert torch.equal(together[name], value) and name.split(".")[1] in DIMS, name
+    # all sounds are answered alike: no feature matters, and the bias is that answer
+    assert all(not together[n].any() for n in sounds if n.endswith("weight"))
+    assert all(together[n].any() for n in together.keys() - sounds)
 
 
 def test_batches_mix_sources_and_keep_their_media_apart(

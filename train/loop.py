@@ -4,6 +4,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from epalm.errors import EpalmError
+from epalm.train.answer_start import start_from_answers
 from epalm.train.batches import TrainingBatches
 from epalm.train.checkpoint import Progress, load_state, save_state, save_weights
 from epalm.train.clock import Clock, peak_memory, words_for_rates
@@ -78,6 +79,8 @@ class Training:
                 "them; choose another name (--set name=…), or give them up with --overwrite"
             )
         self.progress = load_state(run.last, parts.model, self.optimiser) if found else Progress()
+        if not found and config.connection_start == "answers":
+            run.add_stage("start", start_from_answers(parts, batches.examples))
         accelerator.wait_for_everyone()  # all have read what the main process will replace
         self.first = self.progress.step
         self.end = min(config.steps, max_steps or config.steps)
