@@ -8,10 +8,16 @@ from epalm.config.section import Positive, Section
 
 
 class AdapterConfig(Section):
-    """Adapters in one kind of sub-layer of every LM layer (paper, appendix A; convention 9)."""
+    """Adapters in one kind of sub-layer of the LM's layers (paper, appendix A; convention 9)."""
 
     reduction: int = Field(
         0, ge=0, description="r: width H of the LM over the adapter's; 0: no adapters there"
+    )
+    start: int = Field(
+        0,
+        ge=0,
+        description="first LM layer that has them, from 0 (the paper's); from the first injection "
+        "layer on, the LM below stays frozen, and its text states can be kept",
     )
     placement: Literal["sequential", "parallel", "scaled"] = Field(
         "sequential",

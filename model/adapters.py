@@ -1,4 +1,4 @@
-"""Adapters in every LM layer (paper, section 4 and appendices A, B: eP-ALM_ada; convention 9).
+"""Adapters in the LM's layers (paper, section 4 and appendices A, B: eP-ALM_ada; convention 9).
 
 They are attached to the frozen modules by hooks, for as long as our model runs its layers: the LM
 used alone is as it was.
@@ -59,17 +59,35 @@ class Adapter(nn.Module):
 
 
 class Adapters(nn.Module):
-    """The adapters of all LM layers; a reduction of 0 says that a sub-layer has none."""
+    """The adapters by LM layer; a reduction of 0 says that a sub-layer has none.
+
+    Raises:
+        EpalmError: they would start above the LM's last layer.
+    """
 
     def __init__(self, family: LMFamily, attention: AdapterConfig, feed_forward: AdapterConfig):
         super().__init__()
+        count = len(family.layers)
+        for config in (attention, feed_forward):
+            if config.reduction and config.start >= count:
+                raise EpalmError(
+                    f"variant: adapters that start at LM layer {config.start} wanted, there are "
+                    f"0 to {count - 1}"
+                )
         self.attention, self.feed_forward = (
-            nn.ModuleList(
-                Adapter(family.hidden_size, config)
-                for _ in range(len(family.layers) if config.reduction else 0)
+            nn.ModuleDict(
+                {
+                    str(layer): Adapter(family.hidden_size, config)
+                    for layer in range(config.start, count if config.reduction else 0)
+                }
             )
             for config in (attention, feed_forward)
         )
+
+    @property
+    def start(self) -> int:
+        """The first LM layer that has any."""
+        return min(int(layer) for layer in (*self.attention, *self.feed_forward))
 
     def attached(self, family: LMFamily, layers: range) -> AbstractContextManager[None]:
         """Within it, these layers of the LM run with their adapters."""
@@ -78,21 +96,21 @@ class Adapters(nn.Module):
 
 @contextmanager
 def attached(
-    family: LMFamily, layers: range, attention: nn.ModuleList, feed_forward: nn.ModuleList
+    family: LMFamily, layers: range, attention: nn.ModuleDict, feed_forward: nn.ModuleDict
 ) -> Iterator[None]:
     """Within it, these layers of the LM run with adapters.
 
     Args:
-        attention: its adapter of each of the LM's layers; empty: none has any.
+        attention: its adapters by the LM's layers; those that are not there have none.
         feed_forward: likewise.
     """
     with ExitStack() as stack:
         for index in layers:
-            if attention:
+            if (layer := str(index)) in attention:
                 module = family.attention(index)
-                stack.enter_context(_attached(attention[index], module, module))
-            if feed_forward:
-                stack.enter_context(_attached(feed_forward[index], *family.feed_forward(index)))
+                stack.enter_context(_attached(attention[layer], module, module))
+            if layer in feed_forward:
+                stack.enter_context(_attached(feed_forward[layer], *family.feed_forward(index)))
         yield
 
 

@@ -232,7 +232,10 @@ class AugmentedLM(PretrainedMixin, nn.Module):
     @property
     def lower_is_frozen(self) -> bool:
         """Nothing below the first injection layer is trained, and something is there."""
-        return bool(self.lower) and self.trained.keys() <= {"connection", "encoder"}
+        above = {"connection", "encoder"}
+        if "adapters" in self.trained and self.trained["adapters"].start >= self.plan.start:
+            above.add("adapters")
+        return bool(self.lower) and self.trained.keys() <= above
 
     def joint_states(
         self,

@@ -123,9 +123,11 @@ class _SideBySide(nn.Module):
         return torch.cat([adapter(own) for adapter, own in pairs])
 
 
-def _side_by_side(adapters: Sequence[nn.ModuleList], rows: Sequence[int]) -> nn.ModuleList:
-    """For each layer, the adapters of all runs."""
-    return nn.ModuleList(_SideBySide(own, rows) for own in zip(*adapters, strict=True))
+def _side_by_side(adapters: Sequence[nn.ModuleDict], rows: Sequence[int]) -> nn.ModuleDict:
+    """By layer, the adapters of all runs."""
+    return nn.ModuleDict(
+        {layer: _SideBySide([own[layer] for own in adapters], rows) for layer in adapters[0]}
+    )
 
 
 def _owners(rows: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -42,6 +42,12 @@ AT_INPUT = {"inject_start": 0, "inject_end": 1, "encoder_layers": 1, "prompt_len
 # settings of VariantConfig, and tokens kept of an encoder layer
 VARIANTS: dict[str, tuple[dict, int]] = {
     "ada": ({"encoder_layers": 3, "prompt_length": 0} | BOTH, 1),
+    "ada_above": (
+        {"encoder_layers": 3, "prompt_length": 0, "inject_start": 3,
+         "attention_adapters": {"reduction": 8, "start": 4},
+         "feed_forward_adapters": {"reduction": 4, "start": 3}},
+        1,
+    ),
     "beside_with_prompt": ({"encoder_layers": 3, "prompt_length": 3} | BESIDE, 1),
     "deep": (
         {"encoder_layers": 3, "prompt_length": 0, "deep_prompt": 3, "prompt_mlp": False}, 1
@@ -360,7 +366,7 @@ def test_adapters_add_what_their_placement_says(kind: str, placement: str) -> No
         return seen
 
     with torch.no_grad():
-        for adapter in (adapters.attention[2], adapters.feed_forward[2]):
+        for adapter in (adapters.attention["2"], adapters.feed_forward["2"]):
             adapter.layers[-1].bias += torch.randn(48)
             if placement == "scaled":
                 adapter.scale *= 3
@@ -370,12 +376,12 @@ def test_adapters_add_what_their_placement_says(kind: str, placement: str) -> No
         again = run()
         times = 3 if placement == "scaled" else 1
         x, f = plain["x"], plain["f(x)"]
-        added = adapters.attention[2].layers(f if placement == "sequential" else x) * times
+        added = adapters.attention["2"].layers(f if placement == "sequential" else x) * times
         torch.testing.assert_close(adapted["f(x)"], f + added)
         y = adapted["y"]
         middle = [] if first is last else [lm.model.decoder.layers[2].activation_fn, last]
         g = nn.Sequential(first, *middle)(y)
-        added = adapters.feed_forward[2].layers(g if placement == "sequential" else y) * times
+        added = adapters.feed_forward["2"].layers(g if placement == "sequential" else y) * times
         torch.testing.assert_close(adapted["g(y)"], g + added)
     assert (plain["out"] - adapted["out"]).abs().max() > 0.1
     assert torch.equal(plain["out"], again["out"])
@@ -392,6 +398,8 @@ def test_adapters_start_as_the_official_ones(lm: PreTrainedModel) -> None:
     assert weight.std() == pytest.approx(0.96e-3, rel=0.02)
     with pytest.raises(EpalmError, match="reduction 99 leave nothing of the LM's width 48"):
         Adapters(family_of(lm), AdapterConfig(reduction=99), AdapterConfig())
+    with pytest.raises(EpalmError, match="start at LM layer 6 wanted, there are 0 to 5"):
+        Adapters(family_of(lm), AdapterConfig(), AdapterConfig(reduction=8, start=6))
 
 
 def test_hooks_are_gone_after_a_failure(lm: PreTrainedModel) -> None:
