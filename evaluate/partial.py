@@ -83,7 +83,7 @@ def binding_of(
 ) -> str:
     """16 hex digits that follow from all that decides the answers.
 
-    Greedy answers and those of beams do not depend on the batches; draws do.
+    Greedy answers and those of beams do not depend on the batches, but for rounding; draws do.
 
     Args:
         features: what made them, in canonical form.

@@ -159,7 +159,8 @@ def toy(tmp_path: Path, easy_vqa: Path, opt_folder: Path, vit_folder: Path) -> C
             "data": {"kind": "jsonl", "path": str(data)},
             "encoder": {"weights": str(vit_folder), "batch_size": 4},
             "store": {"root": str(tmp_path / "features"), "shard_rows": 4},
-            "lm": {"weights": str(opt_folder)},
+            # tests compare floats closely; `auto` would be bfloat16 on some CPUs
+            "lm": {"weights": str(opt_folder), "dtype": "float32"},
             "variant": {"encoder_layers": 3, "prompt_length": 3},
             "train": {
                 "steps": 6,

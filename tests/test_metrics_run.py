@@ -40,7 +40,8 @@ def test_two_runs_on_the_same_examples(
     assert (found["exact_match"].value, found["exact_match"].interval) == (-1, (-1, -1))
     assert found["exact_match"].mcnemar < 0.05  # examples; there are only two media
     scores = {"split": "test", "examples": 7, "accuracy": 1.0, "accuracy_by_type": {"": 1.0},
-              "seconds": {"train": 1}, "trained_parameters": 1}  # fmt: skip
+              "examples_by_type": {"": 7}, "seconds": {"train": 1.0}, "rates": {"train": "1/s"},
+              "trained_parameters": 1, "total_parameters": 2}  # fmt: skip
     for run in (right, wrong):
         run.last.parent.mkdir(exist_ok=True)
         run.last.touch()  # a run that was trained

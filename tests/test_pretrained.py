@@ -47,14 +47,15 @@ VARIANTS = {
 }
 
 
-def built(lm_folder: Path, variant: VariantConfig) -> AugmentedLM:
+def built(lm_folder: Path, variant: VariantConfig, dtype: str = "float32") -> AugmentedLM:
     """As a recipe makes it, with features of four layers, 24 wide."""
     text = TextConfig(template="Q: {prompt} A:", special_tokens=("</a>",))
-    lm = load_lm(LMConfig(weights=str(lm_folder)), CPU, variant.train_lm)
+    config = LMConfig(weights=str(lm_folder), dtype=dtype)
+    lm = load_lm(config, CPU, variant.train_lm)
     torch.manual_seed(0)
     model = AugmentedLM.from_config(lm, variant, encoder_layers=4, encoder_dim=24)
     model.origin = AugmentedConfig(
-        lm=LMConfig(weights=str(lm_folder), dtype="float32"),
+        lm=config,
         encoder=EncoderConfig(weights="timm:some_vit"),
         features={"layers": 4, "dim": 24},
         fingerprint="0123456789abcdef",
@@ -88,10 +89,13 @@ def saved(lm_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_loaded_is_what_was_saved(name: str, opt_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float32") for name in VARIANTS), ("epalm", "bfloat16"), ("epalm", "auto")],
+)
+def test_loaded_is_what_was_saved(name: str, dtype: str, opt_folder: Path, tmp_path: Path) -> None:
     """Bit for bit, on an LM loaded anew and on one that is given."""
-    model = built(opt_folder, VARIANTS[name])
+    model = built(opt_folder, VARIANTS[name], dtype)
     for parameter in model.trained.parameters():
         parameter.data += 0.01 * torch.randn_like(parameter)
     model.save_pretrained(tmp_path / "saved")

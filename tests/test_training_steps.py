@@ -141,12 +141,13 @@ def test_a_batch_that_is_not_finite_is_saved(
     assert torch.isinf(tensors["features"]).any()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
-    prepare: Prepare, cli: Cli, tmp_path: Path
+    prepare: Prepare, cli: Cli, tmp_path: Path, dtype: str
 ) -> None:
     prepare()
     recipe, runs = tmp_path / "toy.yaml", tmp_path / "runs"
-    sets = ("--set", "train.val_every=4")
+    sets = ("--set", "train.val_every=4", "--set", f"lm.dtype={dtype}")
     assert cli("train", recipe, *sets, "--set", "name=whole").exit_code == 0
     words = (recipe, *sets, "--set", "name=cut", "--max-steps")
     stopped = cli("run", *words, "3")  # before the first validation
