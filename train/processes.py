@@ -37,6 +37,8 @@ def join_processes(device: str) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(days=1)),
         ],
     )
+    # one that ends at once, at a mistake in the recipe, would leave the others a traceback
+    accelerator.wait_for_everyone()
     if accelerator.num_processes > 1 and device not in ("auto", "cpu", "cuda"):
         raise EpalmError(
             f"device: {device!r} is one device, but there are {accelerator.num_processes} "
