@@ -23,8 +23,8 @@ class TrainConfig(Section):
     lr: float = Field(2e-5, gt=0, description="peak learning rate of the connections")
     connection_start: Literal["random", "answers"] = Field(
         "random",
-        description="random: torch's, the paper's; answers: ours, perceptual tokens as much as can "
-        "be like the LM's states of the media's answers (yes and no left out)",
+        description="random: as linear layers do, the paper's; answers: ours, perceptual tokens "
+        "near the LM's states of the media's answers (yes and no left out)",
     )
     warmup_lr: float = Field(0.0, ge=0, description="learning rate that the warm-up starts from")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the last step")
