@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from epalm.config import load_recipe
 from epalm.errors import EpalmError
-from epalm.train.answer_start import RIDGE, start_from_answers
+from epalm.train.answer_start import GAIN, RIDGE, start_from_answers
 from epalm.train.parts import Parts
 
 Cli = Callable[..., Result]
@@ -64,7 +64,7 @@ def test_it_is_the_ridge_regression_onto_states_of_answers(
         # rows that pull every weight to zero do what the ridge does
         rows = np.vstack([centred, np.sqrt(ridge) * np.eye(centred.shape[1])])
         goal = np.vstack([outputs - outputs.mean(0), np.zeros((centred.shape[1], 48))])
-        weight = np.linalg.lstsq(rows, goal, rcond=None)[0].T
+        weight = GAIN * np.linalg.lstsq(rows, goal, rcond=None)[0].T
         bias = outputs.mean(0) - weight @ inputs.mean(0)
         for ours, theirs in ((linear.weight, weight), (linear.bias, bias)):
             np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-3, atol=2e-5)

@@ -28,6 +28,9 @@ from epalm.train.parts import Parts
 EXAMPLES = 4096  # a linear layer's start needs no more
 AT_ONCE = 64  # texts
 RIDGE = 0.01  # of the features' mean variance
+GAIN = 2.0
+"""On what sets media apart. Each example asks about one of the things that its media shows, such as
+a colour or a shape, so that the regression has each of them fainter than its answer's own state."""
 CLOSED = frozenset({"yes", "no"})
 """Answers that say nothing of what is seen unless one knows the question."""
 
@@ -137,10 +140,10 @@ def _set(connection: Connection, features: torch.Tensor, targets: torch.Tensor) 
 
 
 def _ridge(inputs: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (H, D) and bias (H,) from inputs (N, D) to outputs (N, H); the bias is not shrunk."""
+    """Weight (H, D) and bias (H,) from inputs (N, D) to outputs (N, H); the mean is met."""
     middle, level = inputs.mean(0), outputs.mean(0)
     centred = inputs - middle
     covariance = centred.T @ centred
     covariance += RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance)).double()
-    weight = torch.linalg.solve(covariance, centred.T @ (outputs - level)).T
+    weight = GAIN * torch.linalg.solve(covariance, centred.T @ (outputs - level)).T
     return weight, level - weight @ middle
