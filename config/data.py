@@ -68,11 +68,6 @@ class DataConfig(Section):
     val_from_train: int = Field(
         0, ge=0, description="training media held out as `val` where the dataset has no such split"
     )
-    per_answer: Positive | None = Field(
-        None,
-        description="at most so many of the training examples that answer one question alike; a "
-        "seeded choice, which leaves less to be won by guessing from the question. None: all",
-    )
     few_shot: FewShotConfig = Field(
         FewShotConfig(), description="examples that are trained on, of those that limits leaves"
     )

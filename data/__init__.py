@@ -86,8 +86,6 @@ def select(dataset: Dataset, recipe: Recipe) -> Dataset:
             )
         dataset = dataset.hold_out(config.val_from_train, recipe.data_seed)
     dataset = dataset.limit(config.limits.model_dump(), recipe.data_seed)
-    if config.per_answer is not None:
-        dataset = dataset.per_answer(config.per_answer, recipe.data_seed)
     return _few_shot(dataset, config.few_shot, recipe.data_seed)
 
 

@@ -109,20 +109,6 @@ class Dataset:
         examples = tuple(e for e in self.examples if e.split != "train" or e.id in chosen)
         return self._of(examples)
 
-    def per_answer(self, most: int, seed: int) -> "Dataset":
-        """Keep at most so many training examples with the same prompt and the same answer.
-
-        A seeded choice, and the media that are still asked about; for one seed, a smaller one lies
-        within a larger one. An example's answer is its most frequent reference.
-        """
-        training = sorted(self.split("train"), key=lambda e: e.id)
-        random.Random(f"{seed} per answer").shuffle(training)
-        kept: dict[tuple[str, str], list[str]] = defaultdict(list)
-        for example in training:
-            kept[example.prompt, _answer(example)].append(example.id)
-        chosen = {name for some in kept.values() for name in some[:most]}
-        return self._of(tuple(e for e in self.examples if e.split != "train" or e.id in chosen))
-
     def limit(self, counts: dict[str, int | None], seed: int) -> "Dataset":
         """Keep at most so many media of each split; a seeded choice."""
         kept: set[tuple[str, str]] = set()
@@ -146,16 +132,12 @@ def _choose(ids: set[str], count: int, seed: str) -> list[str]:
     return random.Random(seed).sample(ordered, min(count, len(ordered)))
 
 
-def _answer(example: Example) -> str:
-    """Its most frequent reference."""
-    counts = Counter(example.references)
-    return min(counts, key=lambda text: (-counts[text], text))
-
-
 def _in_turn(examples: Sequence[Example]) -> list[Example]:
     """One example of each answer, then another of each that has more, and so on."""
     by_answer: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
-        by_answer[_answer(example)].append(example)
+        counts = Counter(example.references)
+        answer = min(counts, key=lambda text: (-counts[text], text))
+        by_answer[answer].append(example)
     rounds = zip_longest(*by_answer.values())
     return [example for some in rounds for example in some if example is not None]

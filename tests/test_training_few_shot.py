@@ -63,31 +63,6 @@ def test_an_example_counts_for_its_most_frequent_answer() -> None:
         assert "3" in chosen(some)
 
 
-def test_per_answer_keeps_so_many_of_each_question_and_answer(dataset: Dataset) -> None:
-    def pairs(some: Dataset) -> Counter[tuple[str, str]]:
-        return Counter((e.prompt, e.references[0]) for e in some.split("train"))
-
-    there, cut = pairs(dataset), dataset.per_answer(30, 0)
-    assert min(there.values()) < 30 < max(there.values())
-    assert pairs(cut) == {pair: min(count, 30) for pair, count in there.items()}
-    assert chosen(dataset.per_answer(10, 0)) < chosen(cut) != chosen(dataset.per_answer(30, 1))
-    turned = replace(dataset, examples=dataset.examples[::-1])
-    assert chosen(turned.per_answer(30, 0)) == chosen(cut)
-    assert cut.split("test") == dataset.split("test")
-    assert cut.media.keys() == {e.media for e in cut.examples}
-
-
-def test_per_answer_comes_before_the_few_shot_choice(toy: Toy) -> None:
-    sections = {"per_answer": 1, "few_shot": {"fraction": 0.5}}
-    half, whole = (
-        load_dataset(load_recipe(toy(data={key: sections[key] for key in keys}))).split("train")
-        for keys in (("per_answer", "few_shot"), ("per_answer",))
-    )
-    pairs = [(e.prompt, e.references[0]) for e in whole]
-    assert len(pairs) == len(set(pairs))
-    assert {e.id for e in half} < {e.id for e in whole} and len(half) == round(len(whole) / 2)
-
-
 @pytest.mark.parametrize(
     ("few_shot", "words"),
     [
