@@ -3,8 +3,8 @@
 Paper, section 3.1, equation 1; conventions 1 to 7 of the official code. It departs from that code
 in one point: attention is strictly causal, so the perceptual token at position 0 sees itself only
 (`reference_mask` brings the official mask back). Prefix states then depend on the media alone, and
-are computed once per media however many texts follow: `perceive` runs the prefix, `extend` runs
-text on top of it. Generation (`model.generation`) uses the same two.
+are computed once per media however many texts follow. `states`, for training, runs both in one
+pass; for generation (`model.generation`), `perceive` runs the prefix, and `extend` text after it.
 
 Shapes: B texts, M media, n encoder layers used, t perceptual tokens of each (1 but for MAGMA*), P
 prompt tokens, T text tokens, D encoder width, H LM width, V vocabulary, S = t + P + T. Features
@@ -12,7 +12,7 @@ prompt tokens, T text tokens, D encoder width, H LM width, V vocabulary, S = t +
 `Features`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,7 +29,8 @@ from epalm.model.deep_prompt import DeepPrompt
 from epalm.model.families import family_of
 from epalm.model.generation import Generator
 from epalm.model.injection import InjectionPlan
-from epalm.model.masks import joint_mask, prefix_mask, text_mask
+from epalm.model.layers import Layers, positions
+from epalm.model.masks import joint_mask
 from epalm.model.prefix import Prefix
 from epalm.model.pretrained import PretrainedMixin
 from epalm.model.room import Room
@@ -65,8 +66,7 @@ class AugmentedLM(PretrainedMixin, nn.Module):
         self.lm = lm.eval().requires_grad_(train_lm)
         self.family = family_of(lm)
         self.plan = plan
-        self.lower = range(plan.start)
-        self.upper = range(plan.start, len(plan.source))
+        self.layers = Layers(lm, self.family, plan, self._adapted)
         self.trained = nn.ModuleDict({"connection": connection})
         if prompt is not None:
             kind = "soft_prompt" if isinstance(prompt, SoftPrompt) else "deep_prompt"
@@ -140,15 +140,34 @@ class AugmentedLM(PretrainedMixin, nn.Module):
             attention_mask: (B, T) 1 for real tokens, 0 for pads.
             features: (M, n, t, D) of the media, ascending encoder layers.
             rows: (B,) which media each text is about; None: M = B, in order.
-            equal: as in `extend`.
-            text_states: as in `extend`; no meaning with the reference's mask.
+            equal: which texts are, for what they have in common is run once; None: all differ.
+            text_states: (U, T, H) of the texts that differ as they enter the first injection layer,
+                from `text_states`; what is below need not be run then. Not with the reference's
+                mask.
             last: only those of the last so many tokens are wanted: (B, last, H).
         """
         if self.reference_mask:
             states = self.joint_states(input_ids, attention_mask, features, rows)
             return states[:, -(last or input_ids.shape[1]) :]
-        cache = self.perceive(features, rows)
-        return self.extend(cache, input_ids, attention_mask, False, equal, text_states, last)
+        if rows is None:
+            rows = torch.arange(len(input_ids), device=self.device)
+        layers, prefix = self.layers, self._prefix(features)
+        front = prefix.prompts[0]
+        if text_states is not None:
+            text = text_states.to(self.dtype)
+        else:
+            ids, mask = input_ids, attention_mask
+            if equal is not None:
+                ids, mask = ids[equal.first], mask[equal.first]
+            text = self.family.embed_text(ids, positions(mask))
+            front, text = layers.packed(layers.lower, front, text, mask, prefix, prefix.of_text)
+        if equal is not None:
+            text = text[equal.row]
+        front, text = layers.packed(layers.upper, front, text, attention_mask, prefix, rows)
+        cache = PrefixCache(prefix.tokens.shape[2], self.prompt_length)
+        layers.keep_keys(front, cache, prefix)
+        cache.take_later(layers.last, rows)
+        return layers.on_last(text, attention_mask, last, cache, prefix)
 
     def perceive(self, features: Features, rows: torch.Tensor | None = None) -> PrefixCache:
         """Run the prefix alone; what it leaves is for `extend`.
@@ -156,24 +175,16 @@ class AugmentedLM(PretrainedMixin, nn.Module):
         Layers below the first injection layer have one row in the cache, since all media are the
         same to them; the others have one row per text.
         """
-        prefix = self._prefix(features)
-        cache = PrefixCache()
-        cache.perceptual = prefix.tokens.shape[2]
-        places = torch.arange(cache.perceptual + self.prompt_length, device=self.device)
-        no_text = places.new_zeros((1, 0))
-        hidden = prefix.prompts[0]
+        layers, prefix = self.layers, self._prefix(features)
+        cache = PrefixCache(prefix.tokens.shape[2], self.prompt_length)
+        front = prefix.prompts[0]
         if self.prompt_length:
-            lower = self._call(hidden, places[cache.perceptual :], no_text, len(places),
-                               prefix_mask(self.prompt_length, self.device))  # fmt: skip
-            hidden = self._run(self.lower, hidden, lower, cache, prefix)
-        upper = self._call(hidden, places, no_text, len(places),
-                           prefix_mask(len(places), self.device))  # fmt: skip
-        hidden = self._run(self.upper[:-1], hidden, upper, cache, prefix)
-        with cache.keys_only():
-            self._run(self.upper[-1:], hidden, upper, cache, prefix)
+            front = layers.on_prefix(layers.lower, front, self.prompt_length, cache, prefix)
+        front = layers.on_prefix(layers.upper, front, prefix.length, cache, prefix)
+        layers.keep_keys(front, cache, prefix)
         cache.prefix_in_first_layer = cache.get_seq_length()
         if rows is not None:
-            cache.take_later(self.upper, rows)
+            cache.take_later(range(self.plan.start, layers.last.stop), rows)
         return cache
 
     def extend(
@@ -181,9 +192,7 @@ class AugmentedLM(PretrainedMixin, nn.Module):
         cache: PrefixCache,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
-        keep_cache: bool = True,
         equal: Equal | None = None,
-        text_states: torch.Tensor | None = None,
         last: int | None = None,
     ) -> torch.Tensor:
         """Run text (B, Q) after the cache; states (B, Q, H).
@@ -195,39 +204,27 @@ class AugmentedLM(PretrainedMixin, nn.Module):
             cache: grows by Q.
             input_ids: (B, Q) the new tokens.
             attention_mask: (B, T) of all text, the new tokens last.
-            keep_cache: False when nothing will be run after this text.
             equal: which texts are, where the first text is run; None: all differ.
-            text_states: (U, Q, H) of the texts that differ as they enter the first injection layer,
-                from `text_states`; what is below need not be run then. Not with `keep_cache`.
             last: only the states of the last so many tokens are wanted: (B, last, H).
         """
-        queries, length = input_ids.shape[1], cache.perceptual + self.prompt_length
-        positions = _positions(attention_mask)[:, -queries:]
-        no_places = positions.new_zeros(0)
-        if text_states is not None:
-            hidden = text_states.to(self.dtype)
-        else:
-            hidden = self._run_lower(cache, input_ids, attention_mask, equal)
-            if equal is not None and keep_cache:
-                cache.take(self.lower, equal.row)
+        ids, mask, layers = input_ids, attention_mask, self.layers
         if equal is not None:
-            hidden = hidden[equal.row]
-        mask = text_mask(length, attention_mask, queries)
-        upper = self._call(hidden, no_places, positions, length, mask)
-        if last is None or last >= queries:
-            return self._run(self.upper, hidden, upper, cache)
-        hidden = self._run(self.upper[:-1], hidden, upper, cache)
-        for part in (slice(None, -last), slice(-last, None)):
-            mask_of_part = mask[:, :, part, : mask.shape[3] + (part.stop or 0)]
-            top = self._call(hidden[:, part], no_places, positions[:, part], length, mask_of_part)
-            with cache.keys_only() if part.stop else nullcontext():
-                states = self._run(self.upper[-1:], hidden[:, part], top, cache)
-        return states
+            ids, mask = ids[equal.first], mask[equal.first]
+        if cache.get_seq_length() == 0:
+            cache.take_later(layers.lower, ids.new_zeros(len(ids)))
+        text = self.family.embed_text(ids, positions(mask)[:, -ids.shape[1] :])
+        text = layers.on_text(layers.lower, text, mask, cache)
+        if equal is not None:
+            cache.take(layers.lower, equal.row)
+            text = text[equal.row]
+        text = layers.on_text(layers.upper, text, attention_mask, cache)
+        return layers.on_last(text, attention_mask, last, cache)
 
     def text_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """States (B, T, H) of text entering the first injection layer, where only the frozen LM and
         the text make them (see `lower_is_frozen`)."""
-        return self._run_lower(None, input_ids, attention_mask, None)
+        text = self.family.embed_text(input_ids, positions(attention_mask))
+        return self.layers.on_text(self.layers.lower, text, attention_mask, None)
 
     @property
     def lower_is_frozen(self) -> bool:
@@ -235,7 +232,7 @@ class AugmentedLM(PretrainedMixin, nn.Module):
         above = {"connection", "encoder"}
         if "adapters" in self.trained and self.trained["adapters"].start >= self.plan.start:
             above.add("adapters")
-        return bool(self.lower) and self.trained.keys() <= above
+        return bool(self.layers.lower) and self.trained.keys() <= above
 
     def joint_states(
         self,
@@ -248,18 +245,19 @@ class AugmentedLM(PretrainedMixin, nn.Module):
 
         The only way with the reference's mask; with the causal one, a slower way to the same.
         """
-        prefix = self._prefix(features, rows)
+        layers, prefix = self.layers, self._prefix(features, rows)
         tokens = prefix.tokens.shape[2]
-        positions = _positions(attention_mask)
-        text = self.family.embed_text(input_ids, positions)
+        of_text = positions(attention_mask)
+        text = self.family.embed_text(input_ids, of_text)
         hidden = torch.cat((prefix.prompts[0].expand(len(text), -1, -1), text), dim=1)
-        places = torch.arange(tokens + self.prompt_length, device=self.device)
-        for layers, first in ((self.lower, tokens), (self.upper, 0)):
+        places = torch.arange(prefix.length, device=self.device)
+        upper = range(self.plan.start, layers.last.stop)
+        for some, first in ((layers.lower, tokens), (upper, 0)):
             mask = joint_mask(
                 self.prompt_length, attention_mask, tokens - first, self.reference_mask
             )
-            call = self._call(hidden, places[first:], positions, len(places), mask)
-            hidden = self._run(layers, hidden, call, None, prefix)
+            call = layers.call(hidden, places[first:], of_text, prefix.length, mask)
+            hidden = layers.run(some, hidden, call, None, prefix.enter)
         return hidden
 
     def forward(self, *inputs: Any, **named: Any) -> CausalLMOutputWithPast:
@@ -294,32 +292,6 @@ class AugmentedLM(PretrainedMixin, nn.Module):
             input_ids, attention_mask, features, rows, use_cache, **options
         )
 
-    def _run_lower(
-        self,
-        cache: PrefixCache | None,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        equal: Equal | None,
-    ) -> torch.Tensor:
-        """States (U, Q, H) entering the first injection layer, of the texts that differ.
-
-        Arguments as in `extend`; without a cache there is no prompt.
-        """
-        if equal is not None:
-            input_ids, attention_mask = input_ids[equal.first], attention_mask[equal.first]
-        queries = input_ids.shape[1]
-        if cache is not None and cache.get_seq_length() == 0:
-            only = input_ids.new_zeros(len(input_ids))
-            cache.take_later(self.lower, only if cache.owner is None else cache.owner)
-        positions = _positions(attention_mask)[:, -queries:]
-        hidden = self.family.embed_text(input_ids, positions)
-        tokens = cache.perceptual if cache is not None else 0
-        mask = text_mask(self.prompt_length, attention_mask, queries)
-        lower = self._call(
-            hidden, positions.new_zeros(0), positions, tokens + self.prompt_length, mask
-        )
-        return self._run(self.lower, hidden, lower, cache)
-
     def _prefix(self, features: Features, rows: torch.Tensor | None = None) -> Prefix:
         """What stands before texts about media with these features; with `rows`, one for each."""
         tokens = self.perceptual_tokens(features)
@@ -339,48 +311,8 @@ class AugmentedLM(PretrainedMixin, nn.Module):
         width = self.family.hidden_size
         return torch.empty(1, 0, width, dtype=self.dtype, device=self.device)
 
-    def _call(
-        self,
-        hidden: torch.Tensor,
-        places: torch.Tensor,
-        positions: torch.Tensor,
-        length: int,
-        mask: torch.Tensor,
-    ) -> dict[str, Any]:
-        """Keyword arguments of a layer call; `length` is t + P."""
-        extra = self.family.layer_arguments(hidden, places, positions, length)
-        return {"attention_mask": mask, **extra}
-
-    def _run(
-        self,
-        layers: range,
-        hidden: torch.Tensor,
-        call: dict[str, Any],
-        cache: PrefixCache | None,
-        prefix: Prefix | None = None,
-    ) -> torch.Tensor:
-        """Some of the LM's layers, one after the other; the only place where they are called.
-
-        Args:
-            layers: `self.lower` or `self.upper`.
-            hidden: (B, S, H) entering the first of them.
-            call: their keyword arguments.
-            cache: grows in every layer.
-            prefix: what `hidden` has before the text; None: it is in the cache already.
-        """
-        adapted: AbstractContextManager[None] = nullcontext()
-        if "adapters" in self.trained:
-            adapted = self.trained["adapters"].attached(self.family, layers)
-        with adapted:
-            for index in layers:
-                if prefix is not None:
-                    hidden = prefix.enter(index, hidden)
-                hidden = self.family.layers[index](
-                    hidden, past_key_values=cache, use_cache=cache is not None, **call
-                )
-        return hidden
-
-
-def _positions(mask: torch.Tensor) -> torch.Tensor:
-    """Place of each real token among its row's, from 0; pads have -1 (convention 6)."""
-    return mask.cumsum(dim=1) * mask - 1
+    def _adapted(self, layers: range, counts: Sequence[int] | None) -> AbstractContextManager[None]:
+        """Within it, these layers run with their adapters."""
+        if "adapters" not in self.trained:
+            return nullcontext()
+        return self.trained["adapters"].attached(self.family, layers)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from epalm.model.prefix import Rows
 from epalm.model.text import Equal
 
 
@@ -18,25 +17,27 @@ class _KeysKept(Exception):
 class PrefixCache(DynamicCache):
     """Keys and values of the prefix, then of the text; its length counts the text alone.
 
+    Args:
+        perceptual: t, the number of perceptual tokens.
+        prompt: P, that of prompt tokens.
+
     Attributes:
-        perceptual: t, the number of perceptual tokens. Layers below the first injection layer hold
-            P prefix states, the others t + P.
-        prefix_in_first_layer: one of these two.
+        prefix_in_first_layer: how many states the prefix has in layer 0.
         equal: which of the texts are, until the first of them is run; None: all differ.
-        owner: (U,) of several prompts, which one each different text has; None: there is one.
-        rows: of the runs that these prompts are of; None: there is one.
     """
 
-    perceptual = 0
     prefix_in_first_layer = 0
     equal: Equal | None = None
-    owner: torch.Tensor | None = None
-    rows: Rows | None = None
     _keys_only = False
 
-    def __init__(self) -> None:
+    def __init__(self, perceptual: int, prompt: int) -> None:
         super().__init__()
+        self._perceptual, self._prompt = perceptual, prompt
         self._rows_to_come: dict[int, torch.Tensor] = {}
+
+    def length(self, lower: bool) -> int:
+        """Of the prefix: P in a layer below the first injection layer, t + P in the others."""
+        return self._prompt + (0 if lower else self._perceptual)
 
     @contextmanager
     def keys_only(self) -> Iterator[None]:

@@ -32,6 +32,7 @@ class Prefix:
         prompts: (1, R, P, H) the prompt entering layer 0; with deep prompts (L, R, P, H), one a
             layer.
         owner: (M,) which of the R each media's is; None: R = 1.
+        of_text: (U,) which of the R each different text has; None: R = 1.
         rows: of these runs; None: R = 1.
     """
 
@@ -39,7 +40,13 @@ class Prefix:
     tokens: torch.Tensor
     prompts: torch.Tensor
     owner: torch.Tensor | None = None
+    of_text: torch.Tensor | None = None
     rows: Rows | None = None
+
+    @property
+    def length(self) -> int:
+        """t + P."""
+        return self.tokens.shape[2] + self.prompts.shape[2]
 
     def enter(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What enters a layer: the states before it, with what is new here put in place.
@@ -67,3 +74,18 @@ class Prefix:
                 rest = rest[self.owner]
             rest = rest.expand(len(front), -1, -1)
         return torch.cat((front, rest), dim=1)
+
+    def states_of_runs(self, layer: int, prefix: int, text: int) -> list[int] | None:
+        """How many states each run has in a layer: in its prefixes, run after run, then in its
+        texts; None where there is one run.
+
+        Args:
+            prefix: length of a prefix there, or 0 where none is run.
+            text: length of a text, likewise.
+        """
+        if self.rows is None:
+            return None
+        below = layer < self.plan.start
+        prefixes = [1] * len(self.rows.media) if below else self.rows.media
+        texts = self.rows.different if below else self.rows.texts
+        return [n * prefix for n in prefixes] + [n * text for n in texts]

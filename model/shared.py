@@ -8,7 +8,8 @@ of their losses gives each run the gradient that it would have alone.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from itertools import cycle
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,10 +17,8 @@ from torch import nn
 from epalm.device import send
 from epalm.model.adapters import Adapter, Adapters, attached
 from epalm.model.augmented import AugmentedLM
-from epalm.model.cache import PrefixCache
 from epalm.model.connection import Features
 from epalm.model.prefix import Prefix, Rows
-from epalm.model.text import Equal
 
 
 class SharedFeatures(NamedTuple):
@@ -51,82 +50,54 @@ class SharedLM(AugmentedLM):
         self._models = tuple(models)  # in a tuple they are no part of this module
 
     # of several runs' features, where AugmentedLM's takes those of one
-    def states(  # type: ignore[override]
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        features: SharedFeatures,
-        rows: torch.Tensor,
-        equal: Equal,
-        text_states: torch.Tensor | None = None,
-        last: int | None = None,
-    ) -> torch.Tensor:
-        """As AugmentedLM's, of all runs' texts; no two runs' texts count as equal."""
-        cache = self.perceive(features, rows)
-        cache.rows = features.rows
-        cache.owner = _owners(features.rows.different, self.device)
-        return self.extend(cache, input_ids, attention_mask, False, equal, text_states, last)
-
-    # as `states`
     def _prefix(  # type: ignore[override]
         self, features: SharedFeatures, rows: torch.Tensor | None = None
     ) -> Prefix:
         pairs = zip(self._models, features.of, strict=True)
         tokens = torch.cat([model.perceptual_tokens(own) for model, own in pairs])
         prompts = torch.stack([model.prompts() for model in self._models], dim=1)
-        owner = _owners(features.rows.media, self.device)
-        return Prefix(self.plan, tokens, prompts, owner, features.rows)
+        return Prefix(
+            self.plan,
+            tokens,
+            prompts,
+            _owners(features.rows.media, self.device),
+            _owners(features.rows.different, self.device),
+            features.rows,
+        )
 
-    def _run(
-        self,
-        layers: range,
-        hidden: torch.Tensor,
-        call: dict[str, Any],
-        cache: PrefixCache | None,
-        prefix: Prefix | None = None,
-    ) -> torch.Tensor:
-        below = layers.stop <= self.plan.start
-        if prefix is not None:
-            assert prefix.rows is not None
-            rows = [1] * len(self._models) if below else prefix.rows.media
-        else:
-            assert cache is not None and cache.rows is not None
-            rows = cache.rows.different if below else cache.rows.texts
-        with self._side_by_side(layers, rows):
-            return super()._run(layers, hidden, call, cache, prefix)
-
-    def _side_by_side(self, layers: range, rows: Sequence[int]) -> AbstractContextManager[None]:
-        """Within it, these layers have all runs' adapters, each for so many rows."""
+    def _adapted(self, layers: range, counts: Sequence[int] | None) -> AbstractContextManager[None]:
+        """Within it, these layers have all runs' adapters, each for so many states."""
         if "adapters" not in self._models[0].trained:
             return nullcontext()
+        assert counts is not None
         own: list[Adapters] = [model.trained["adapters"] for model in self._models]
         return attached(
             self.family,
             layers,
-            _side_by_side([adapters.attention for adapters in own], rows),
-            _side_by_side([adapters.feed_forward for adapters in own], rows),
+            _side_by_side([adapters.attention for adapters in own], counts),
+            _side_by_side([adapters.feed_forward for adapters in own], counts),
         )
 
 
 class _SideBySide(nn.Module):
-    """Adapters of several runs at one place, each for its own rows."""
+    """Adapters of several runs at one place, each for its own states: so many of the first run, of
+    the second, and so on, then of the first again."""
 
-    def __init__(self, adapters: Sequence[Adapter], rows: Sequence[int]):
+    def __init__(self, adapters: Sequence[Adapter], counts: Sequence[int]):
         super().__init__()
-        self.adapters, self.rows = adapters, list(rows)
+        self.adapters, self.counts = adapters, list(counts)
         self.sequential = adapters[0].sequential
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        length = len(states) // sum(self.rows)  # of a row, where it is laid flat (OPT does)
-        parts = states.split([rows * length for rows in self.rows])
-        pairs = zip(self.adapters, parts, strict=True)
-        return torch.cat([adapter(own) for adapter, own in pairs])
+        parts = states.flatten(0, -2).split(self.counts)
+        pairs = zip(cycle(self.adapters), parts, strict=False)
+        return torch.cat([adapter(own) for adapter, own in pairs]).view_as(states)
 
 
-def _side_by_side(adapters: Sequence[nn.ModuleDict], rows: Sequence[int]) -> nn.ModuleDict:
+def _side_by_side(adapters: Sequence[nn.ModuleDict], counts: Sequence[int]) -> nn.ModuleDict:
     """By layer, the adapters of all runs."""
     return nn.ModuleDict(
-        {layer: _SideBySide([own[layer] for own in adapters], rows) for layer in adapters[0]}
+        {layer: _SideBySide([own[layer] for own in adapters], counts) for layer in adapters[0]}
     )
 
 

@@ -73,9 +73,11 @@ def example_losses(
 
 def _losses(states: torch.Tensor, labels: torch.Tensor, family: LMFamily) -> torch.Tensor:
     """Cross-entropy (N,) of states (N, H) leaving the last layer, and labels (N,)."""
-    logits = family.logits(states)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return cross_entropy(logits, labels, reduction="none")
+    return cross_entropy(_wide(family.logits(states)), labels, reduction="none")
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class _InPieces(torch.autograd.Function):
@@ -90,9 +92,12 @@ class _InPieces(torch.autograd.Function):
         for some, wanted in zip(states.split(_PIECE), labels.split(_PIECE), strict=True):
             some = some.detach().requires_grad_()
             with torch.enable_grad():
-                loss = _losses(some, wanted, family)
-                gradients += torch.autograd.grad(loss.sum(), some)
-            losses.append(loss.detach())
+                logits = family.logits(some)
+            place = torch.arange(len(some), device=some.device), wanted
+            chances = _wide(logits.detach()).log_softmax(dim=1)
+            losses.append(-chances[place])
+            chances.exp_()[place] -= 1  # the gradient of the loss, in the memory of the chances
+            gradients += torch.autograd.grad(logits, some, chances.to(logits.dtype))
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 
