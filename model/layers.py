@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from epalm.model.attention import Packing, own_attention
+from epalm.model.attention import own_attention
 from epalm.model.cache import PrefixCache
 from epalm.model.families.base import LMFamily
 from epalm.model.injection import InjectionPlan
 from epalm.model.masks import prefix_mask, text_mask
+from epalm.model.packing import Packing
 from epalm.model.prefix import Prefix
 
 Adapted = Callable[[range, Sequence[int] | None], AbstractContextManager[None]]

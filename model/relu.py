@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

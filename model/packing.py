@@ -1,0 +1,53 @@
+"""Prefixes and the texts after them in one sequence, so that a layer is called once for both."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Packing(NamedTuple):
+    """How R * S prefix states and, after them, B * T text states make one sequence of N.
+
+    A prefix sees itself; a text sees its prefix and itself.
+
+    Attributes:
+        prefixes: R.
+        texts: B, at least one.
+        owner: (B,) which prefix each text follows; None: there is one.
+        prefix_mask: (1, 1, S, S) True: may be seen.
+        text_mask: (B, 1, T, S + T) likewise.
+    """
+
+    prefixes: int
+    texts: int
+    owner: torch.Tensor | None
+    prefix_mask: torch.Tensor
+    text_mask: torch.Tensor
+
+    def join(self, prefix: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """(R, S, …) and (B, T, …) to (1, N, …)."""
+        return torch.cat((prefix.flatten(0, 1), text.flatten(0, 1)))[None]
+
+    def split(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(1, N, …) to (R, S, …) and (B, T, …)."""
+        length, queries = self.prefix_mask.shape[2], self.text_mask.shape[2]
+        sizes = self.prefixes * length, self.texts * queries
+        prefix, text = states[0].split(sizes)
+        return (
+            prefix.unflatten(0, (self.prefixes, length)),
+            text.unflatten(0, (self.texts, queries)),
+        )
+
+    def prefix_of_texts(self, states: torch.Tensor) -> torch.Tensor:
+        """Of prefixes (R, …), of the prefix of each text (B, …)."""
+        if self.owner is None:
+            return states.expand(self.texts, *states.shape[1:])
+        return states.index_select(0, self.owner)
+
+    def sum_over_texts(self, states: torch.Tensor) -> torch.Tensor:
+        """Of texts (B, …), the sum over those of each prefix (R, …)."""
+        if self.owner is None:
+            return states.sum(dim=0, keepdim=True)
+        flat = states.flatten(1)  # in more dimensions, index_add_ takes several times as long
+        sums = flat.new_zeros(self.prefixes, flat.shape[1]).index_add_(0, self.owner, flat)
+        return sums.view(self.prefixes, *states.shape[1:])
