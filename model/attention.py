@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from epalm.model import written_out
+from epalm.model.masks import added_to_scores
 from epalm.model.packing import Packing
 
 WRITTEN_OUT_ON = {"cpu"}
@@ -54,7 +55,8 @@ def _attention(
     if packing is None:
         assert attention_mask is not None
         if written:
-            return written_out.attention(query, key, value, attention_mask, factor), None
+            mask = added_to_scores(attention_mask, query.dtype)
+            return written_out.attention(query, key, value, mask, factor), None
         return _fused(module, query, key, value, attention_mask, factor), None
     if written:
         out: torch.Tensor = written_out.PackedAttention.apply(query, key, value, packing, factor)

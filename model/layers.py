@@ -15,10 +15,11 @@ from epalm.model.attention import own_attention
 from epalm.model.cache import PrefixCache
 from epalm.model.families.base import LMFamily
 from epalm.model.injection import InjectionPlan
-from epalm.model.masks import prefix_mask, text_mask
+from epalm.model.masks import added_to_scores, prefix_mask, text_mask
 from epalm.model.packing import Packing
 from epalm.model.prefix import Prefix
 
+_MANY = 512  # tokens; for fewer, to read the weights twice costs more than a gradient too many
 Adapted = Callable[[range, Sequence[int] | None], AbstractContextManager[None]]
 
 
@@ -121,10 +122,20 @@ class Layers:
         """
         if not layers:
             return front, text
-        front = prefix.enter(layers.start, front)
+        entered = prefix.enter(layers.start, front)
+        if entered.requires_grad and not text.requires_grad and mask.numel() >= _MANY:
+            # in one sequence, a gradient would be made for the text that nobody wants
+            front, text = self._apart(layers[:1], front, text, mask, prefix, owner)
+            return self.packed(layers[1:], front, text, mask, prefix, owner)
+        front = entered
         length, queries = front.shape[1], text.shape[1]
-        masks = prefix_mask(length, text.device), text_mask(length, mask, queries)
-        packing = Packing(len(front), len(text), owner, *masks)
+        packing = Packing(
+            len(front),
+            len(text),
+            owner,
+            added_to_scores(prefix_mask(length, text.device), text.dtype),
+            added_to_scores(text_mask(length, mask, queries), text.dtype),
+        )
         hidden = packing.join(front, text)
         places = _places(length, prefix).repeat(len(front))
         call = self.call(hidden, places, positions(mask).reshape(1, -1), prefix.length, None)
@@ -141,8 +152,29 @@ class Layers:
             self.run(layers, hidden, {**call, "packing": packing}, None, enter, counts)
         )
 
+    def _apart(
+        self,
+        layers: range,
+        front: torch.Tensor,
+        text: torch.Tensor,
+        mask: torch.Tensor,
+        prefix: Prefix,
+        owner: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`packed`, one after the other."""
+        cache = PrefixCache(prefix.tokens.shape[2], prefix.prompts.shape[2])
+        below = layers.start < self._plan.start
+        front = self.on_prefix(layers, front, cache.length(below), cache, prefix)
+        cache.take_later(layers, mask.new_zeros(len(mask)) if owner is None else owner)
+        return front, self.on_text(layers, text, mask, cache, prefix)
+
     def on_text(
-        self, layers: range, text: torch.Tensor, mask: torch.Tensor, cache: PrefixCache | None
+        self,
+        layers: range,
+        text: torch.Tensor,
+        mask: torch.Tensor,
+        cache: PrefixCache | None,
+        prefix: Prefix | None = None,
     ) -> torch.Tensor:
         """Some layers on text (B, Q, H) alone.
 
@@ -150,12 +182,13 @@ class Layers:
             layers: part of `lower`, or of the others.
             mask: (B, T) of all text, this at its end.
             cache: what comes before, and is kept of it; None: there is nothing, nor is it kept.
+            prefix: the same, where there may be several runs.
         """
         queries = text.shape[1]
         length = cache.length(layers.start < self._plan.start) if cache is not None else 0
         seen = text_mask(length, mask, queries)
         call = self._call_on_text(text, positions(mask)[:, -queries:], seen, cache)
-        return self.run(layers, text, call, cache)
+        return self.run(layers, text, call, cache, None, _counts(prefix, layers, queries))
 
     def on_last(
         self,
@@ -182,9 +215,7 @@ class Layers:
             part = text[:, start:stop]
             seen_by_part = seen[:, :, start:stop, : seen.shape[3] - queries + stop]
             call = self._call_on_text(part, places[:, start:stop], seen_by_part, cache)
-            counts = None
-            if prefix is not None:
-                counts = prefix.states_of_runs(self.last.start, 0, stop - start)
+            counts = _counts(prefix, self.last, stop - start)
             with cache.keys_only() if stop < queries else nullcontext():
                 part = self.run(self.last, part, call, cache, None, counts)
         return part
@@ -223,3 +254,8 @@ def _places(length: int, prefix: Prefix) -> torch.Tensor:
     Below the first injection layer, the places of the perceptual tokens are empty.
     """
     return torch.arange(prefix.length - length, prefix.length, device=prefix.tokens.device)
+
+
+def _counts(prefix: Prefix | None, layers: range, length: int) -> list[int] | None:
+    """`Prefix.states_of_runs` of texts alone."""
+    return None if prefix is None else prefix.states_of_runs(layers.start, 0, length)

@@ -41,6 +41,11 @@ def joint_mask(prompt: int, text: torch.Tensor, tokens: int, token_sees_all: boo
     return seen[:, None]
 
 
+def added_to_scores(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What attention adds to its scores: 0 where a mask lets see, else minus infinity."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
 def _see_something(seen: torch.Tensor, offset: int) -> torch.Tensor:
     """Let a query that sees nothing (a pad on the left) see itself: softmax needs one key."""
     queries = seen.shape[1]

@@ -14,7 +14,7 @@ class Packing(NamedTuple):
         prefixes: R.
         texts: B, at least one.
         owner: (B,) which prefix each text follows; None: there is one.
-        prefix_mask: (1, 1, S, S) True: may be seen.
+        prefix_mask: (1, 1, S, S) as `masks.added_to_scores` gives it.
         text_mask: (B, 1, T, S + T) likewise.
     """
 

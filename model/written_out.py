@@ -18,7 +18,7 @@ from epalm.model.packing import Packing
 def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """(B, h, Q, d) to (B, Q, h, d); `mask` (B or 1, 1, Q, K) is True where a key may be seen."""
+    """(B, h, Q, d) to (B, Q, h, d); `mask` (B or 1, 1, Q, K) is added to the scores."""
     weights = _weights(query, key, mask, scaling)
     return _weighted(weights, value).transpose(1, 2)
 
@@ -43,10 +43,8 @@ class PackedAttention(torch.autograd.Function):
         of_text = _weights(q_text, _after(k, k_text, packing), packing.text_mask, scaling)
         ctx.save_for_backward(query, key, value, weights, of_text)
         ctx.packing, ctx.scaling = packing, scaling
-        return packing.join(
-            _weighted(weights, v).transpose(1, 2),
-            _weighted(of_text, _after(v, v_text, packing)).transpose(1, 2),
-        )
+        out = _weighted(weights, v), _weighted(of_text, _after(v, v_text, packing))
+        return _joined(*out, packing).transpose(1, 2)
 
     @staticmethod
     @once_differentiable
@@ -62,19 +60,28 @@ class PackedAttention(torch.autograd.Function):
         text = _gradients(g_text, q_text, k_text, v_text, of_text, ctx.scaling)
         for own, seen in zip(prefix[1:], text[1:], strict=True):
             own += packing.sum_over_texts(seen[:, :, :length])
-        whole = [
-            packing.join(own.transpose(1, 2), behind.transpose(1, 2)).transpose(1, 2)
-            for own, behind in zip(
-                prefix, (text[0], text[1][:, :, length:], text[2][:, :, length:]), strict=True
-            )
-        ]
-        return whole[0], whole[1], whole[2], None, None
+        return (
+            _joined(prefix[0], text[0], packing),
+            _joined(prefix[1], text[1][:, :, length:], packing),
+            _joined(prefix[2], text[2][:, :, length:], packing),
+            None,
+            None,
+        )
 
 
 def _rows(states: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
     """(1, h, N, d) to those of prefixes (R, h, S, d) and of texts (B, h, T, d)."""
     prefix, text = packing.split(states.transpose(1, 2))
     return prefix.transpose(1, 2), text.transpose(1, 2)
+
+
+def _joined(prefix: torch.Tensor, text: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """The other way round, with each state's heads side by side in memory."""
+    count = sum(states.shape[0] * states.shape[2] for states in (prefix, text))
+    joined = text.new_empty(1, count, text.shape[1], text.shape[3]).transpose(1, 2)
+    for part, states in zip(_rows(joined, packing), (prefix, text), strict=True):
+        part.copy_(states)
+    return joined
 
 
 def _after(prefix: torch.Tensor, text: torch.Tensor, packing: Packing) -> torch.Tensor:
@@ -88,9 +95,8 @@ def _weights(
     """(B, h, Q, K); softmax at least in float32, as Hugging Face has it."""
     scores = _by_key_head(query, key) @ key.transpose(2, 3)
     scores = scores.view(*query.shape[:3], key.shape[2])
-    hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
     wide = torch.promote_types(query.dtype, torch.float32)
-    return torch.add(hidden, scores, alpha=scaling).softmax(dim=3, dtype=wide).to(query.dtype)
+    return torch.add(mask, scores, alpha=scaling).softmax(dim=3, dtype=wide).to(query.dtype)
 
 
 def _weighted(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

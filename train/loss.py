@@ -76,6 +76,16 @@ def _losses(states: torch.Tensor, labels: torch.Tensor, family: LMFamily) -> tor
     return cross_entropy(_wide(family.logits(states)), labels, reduction="none")
 
 
+def _into_gradient(logits: torch.Tensor, place: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy (N,) of logits (N, V) with the labels at a place of each; where the logits
+    were, there is its gradient then."""
+    top = logits.amax(dim=1, keepdim=True)
+    of_label = logits[place]
+    sums = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
+    logits.div_(sums)[place] -= 1
+    return (top + sums.log())[:, 0] - of_label
+
+
 def _wide(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -94,10 +104,8 @@ class _InPieces(torch.autograd.Function):
             with torch.enable_grad():
                 logits = family.logits(some)
             place = torch.arange(len(some), device=some.device), wanted
-            chances = _wide(logits.detach()).log_softmax(dim=1)
-            losses.append(-chances[place])
-            chances.exp_()[place] -= 1  # the gradient of the loss, in the memory of the chances
-            gradients += torch.autograd.grad(logits, some, chances.to(logits.dtype))
+            losses.append(_into_gradient(wide := _wide(logits.detach()), place))
+            gradients += torch.autograd.grad(logits, some, wide.to(logits.dtype))
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 
