@@ -8,12 +8,16 @@ of 10 with MLP, a connection per level) and eP-ALM_lin (one connection, no promp
 forward, backward and AdamW, on batches that `TrainingBatches` draws from a feature store.
 
 encoder in loop  every example's image through the encoder, then the naive step
-naive            [token | prompt | text] of every example at once, all logits, and (in lin) a graph
-                 down to the words
+encoder, bf16    the same with the encoder in bfloat16 as well, where the LM is; else in float32, as
+                 recipes have it unless they say otherwise
+naive            [token | prompt | text] of every example at once, all logits, attention as Hugging
+                 Face has it, and (in lin) a graph down to the words
 logits           logits only where there is a label
 graph            no graph below the lowest trained input; nothing to gain where a prompt is trained
+attention        as ours: on a CPU written out
 prefix           prefix once per media, prompt below the first injection layer once per step; from
                  here on the ReLUs keep booleans, and logits are made 128 labels at a time
+packed           prefix and texts in one sequence
 last             in the last layer, keys and values alone where no token is predicted from: with it,
                  the step that `train` takes
 states           and text states at the first injection layer from their cache, as `train` has them
@@ -47,6 +51,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import machine
@@ -63,9 +68,10 @@ from epalm.data.example import Example
 from epalm.device import choose_device, choose_dtype
 from epalm.extract.encoder import Encoder, build, describe
 from epalm.extract.lookup import FeatureTable
+from epalm.model import attention
 from epalm.model.augmented import AugmentedLM
 from epalm.model.shared import SharedLM
-from epalm.model.text import TextCodec
+from epalm.model.text import Equal, TextCodec
 from epalm.store.feature_set import Catalogue, CatalogueEntry, FeatureSet, Layout
 from epalm.store.marker import Row
 from epalm.store.spec import ColumnSpec
@@ -84,6 +90,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lin": {"connection": "shared", "prompt_length": 0},
 }
 MEDIA_SHAPES = {"image": (3, 224, 224), "video": (8, 3, 224, 224), "audio": (1024, 128)}
+
+_IN_LOOP = {"float32": "encoder in loop", "bfloat16": "encoder, bf16"}
+_ENDING = {"float32": "", "bfloat16": "_bf16"}
 
 
 class Case(NamedTuple):
@@ -118,14 +127,19 @@ class World:
         weights.vit(folder / "image", self.small)
         self.features: FeatureSet | None = None
 
-    def recipe(self, case: Case, modality: str = "image") -> Recipe:
+    def recipe(self, case: Case, modality: str = "image", dtype: str = "float32") -> Recipe:
+        """`dtype`: of the encoder."""
         kinds = {"image": "timm", "video": "timesformer", "audio": "ast"}
         tree = {
             "name": "benchmark",
             "device": str(self.device),
             "data": {"kind": "jsonl", "path": "none"},
             "text": {"template": "{prompt}", "answer_prefix": ""},
-            "encoder": {"kind": kinds[modality], "weights": str(self.folder / modality)},
+            "encoder": {
+                "kind": kinds[modality],
+                "weights": str(self.folder / modality),
+                "dtype": dtype,
+            },
             "store": {"root": str(self.folder / "features")},
             "lm": {"weights": str(self.folder / "lm")},
             "variant": VARIANTS[case.variant],
@@ -179,16 +193,22 @@ class Steps:
         self.optimiser = make_optimiser(self.model, self.config)
         self.number = 0
         self.image = torch.randn(case.batch, *MEDIA_SHAPES["image"])
+        fused = self._with_fused_attention
         self.by_name: dict[str, Callable[[], torch.Tensor]] = {
-            "encoder in loop": lambda: self._step(self._encoder_in_loop),
-            "naive": lambda: self._step(self._naive(logits_at_labels=False, graph=True)),
-            "logits": lambda: self._step(self._naive(logits_at_labels=True, graph=True)),
-            "graph": lambda: self._step(self._naive(logits_at_labels=True, graph=False)),
-            "prefix": lambda: self._step(self._whole_last_layer),
+            "encoder in loop": fused(lambda: self._step(self._encoder_in_loop("float32"))),
+            "naive": fused(lambda: self._step(self._naive(logits_at_labels=False, graph=True))),
+            "logits": fused(lambda: self._step(self._naive(logits_at_labels=True, graph=True))),
+            "graph": fused(lambda: self._step(self._naive(logits_at_labels=True, graph=False))),
+            "attention": lambda: self._step(self._naive(logits_at_labels=True, graph=False)),
+            "prefix": lambda: self._step(self._apart),
+            "packed": lambda: self._step(self._whole_last_layer),
             "last": lambda: self._step(self._shared),
             "halves": self._step_in_halves,
             "three, together": self._step_of_three,
         }
+        if world.dtype == torch.bfloat16:
+            in_bf16 = fused(lambda: self._step(self._encoder_in_loop("bfloat16")))
+            self.by_name = {"encoder, bf16": in_bf16, **self.by_name}
         if self.model.lower_is_frozen:
             self.with_states = world.batches(case)
             self.with_states.text_states = open_text_states(
@@ -250,9 +270,26 @@ class Steps:
         self.number += 1
         return loss.detach()
 
+    @staticmethod
+    def _with_fused_attention(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """The step with torch's own attention, as Hugging Face's models have it."""
+
+        def stepped() -> torch.Tensor:
+            written_out = attention.WRITTEN_OUT_ON.copy()
+            attention.WRITTEN_OUT_ON.clear()
+            try:
+                return step()
+            finally:
+                attention.WRITTEN_OUT_ON.update(written_out)
+
+        return stepped
+
     @cached_property
-    def _encoder(self) -> Encoder:
-        return build(self.world.recipe(self.case), self.world.device)
+    def _encoders(self) -> dict[str, Encoder]:
+        return {
+            dtype: build(self.world.recipe(self.case, dtype=dtype), self.world.device)
+            for dtype in _IN_LOOP
+        }
 
     def _naive(self, logits_at_labels: bool, graph: bool) -> Callable[..., torch.Tensor]:
         """As usually written: everything for every example, at once."""
@@ -263,9 +300,30 @@ class Steps:
 
         return loss
 
-    def _encoder_in_loop(self, model: AugmentedLM, batch: Batch) -> torch.Tensor:
-        features = self._encoder.encode(self.image, range(12)).squeeze(2)[:, -6:]
-        return _joint_loss(model, batch, features.clone().to(model.device), False, True)
+    def _encoder_in_loop(self, dtype: str) -> Callable[..., torch.Tensor]:
+        def loss(model: AugmentedLM, batch: Batch) -> torch.Tensor:
+            features = self._encoders[dtype].encode(self.image, range(12)).squeeze(2)[:, -6:]
+            return _joint_loss(model, batch, features.clone().to(model.device), False, True)
+
+        return loss
+
+    def _apart(self, model: AugmentedLM, batch: Batch) -> torch.Tensor:
+        """First the prefixes, then the texts."""
+
+        def states(
+            ids: torch.Tensor,
+            mask: torch.Tensor,
+            features: torch.Tensor,
+            rows: torch.Tensor,
+            equal: Equal,
+            *_: Any,
+        ) -> torch.Tensor:
+            return model.extend(model.perceive(features, rows), ids, mask, equal)[:, -batch.last :]
+
+        apart = SimpleNamespace(
+            lm=model.lm, trained=model.trained, family=model.family, states=states
+        )
+        return self._shared(apart, batch)
 
     def _whole_last_layer(self, model: AugmentedLM, batch: Batch) -> torch.Tensor:
         length = batch.input_ids.shape[1]
@@ -274,7 +332,7 @@ class Steps:
         whole = replace(batch, last=length, labelled=row * length + offset + place)
         return self._shared(model, whole)
 
-    def _shared(self, model: AugmentedLM, batch: Batch) -> torch.Tensor:
+    def _shared(self, model: Any, batch: Batch) -> torch.Tensor:
         sums, counts = losses_of(model, batch)
         return sums.sum() / counts.sum()
 
@@ -404,7 +462,7 @@ def _measure(world: World, case: Case, options: argparse.Namespace) -> dict[str,
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for repeat in range(options.repeats + 1):
         for name, step in timed.items():
-            if name == "encoder in loop" and repeat > 2:
+            if name.startswith("encoder") and repeat > 2:
                 continue
             start = time.perf_counter()
             step()
@@ -429,15 +487,18 @@ def _summary(
 ) -> dict[str, Any]:
     """The last line, of eP-ALM in batches of 64 with four questions about each image.
 
-    What ends in `_lin` is of eP-ALM_lin in these shapes, with text states from their cache.
+    What has `_lin` in it is of eP-ALM_lin in these shapes, with text states from their cache; what
+    ends in `_bf16`, with an encoder in bfloat16.
     """
     step, lin = case["last"], result[str(Case("lin", 64, 4))]
     encoders = {m: _encoder_seconds(world, m) for m in ("video", "audio")}
+    dtypes = [*encoders["video"]]
     peaks = {name: _peak_of(name, options) for name in ("naive", "last", "halves")}
     for name, peak in peaks.items():
         print(f"peak memory, batch 64, {name}: {peak.whole:.0f} MB, {peak.step:.0f} of the step")
-    for modality, seconds in encoders.items():
-        print(f"{modality} encoder: {seconds:.2f} s a media")
+    for modality, of_dtype in encoders.items():
+        for dtype, seconds in of_dtype.items():
+            print(f"{modality} encoder, {dtype}: {seconds:.2f} s a media")
     summary = {
         "step_over_bound": step / case["bound"],
         "step_over_bound_halves": case["halves"] / case["bound"],
@@ -448,9 +509,11 @@ def _summary(
         "speedup_three_together": step / case["three, together"],
     }
     for name, of, ours in (("", case, step), ("_lin", lin, lin["states"])):
-        in_loop = {m: 64 * s + of["naive"] for m, s in encoders.items()}
-        for modality, seconds in {"image": of["encoder in loop"], **in_loop}.items():
-            summary[f"speedup_{modality}{name}"] = seconds / ours
+        for dtype in dtypes:
+            in_loop = {m: 64 * s[dtype] + of["naive"] for m, s in encoders.items()}
+            in_loop["image"] = of[_IN_LOOP[dtype]]
+            for modality, seconds in in_loop.items():
+                summary[f"speedup_{modality}{name}{_ENDING[dtype]}"] = seconds / ours
     return {
         **{key: round(value, 4) for key, value in summary.items()},
         "seconds": {
@@ -459,18 +522,21 @@ def _summary(
     }
 
 
-def _encoder_seconds(world: World, modality: str) -> float:
-    """Seconds that the modality's encoder takes for one media, in a batch of two."""
+def _encoder_seconds(world: World, modality: str) -> dict[str, float]:
+    """Seconds that the modality's encoder takes for one media, in a batch of two, by dtype."""
     folder = world.folder / modality
     folder.mkdir()
     {"video": weights.timesformer, "audio": weights.ast}[modality](folder, world.small)
-    encoder = build(world.recipe(Case("epalm", 64, 4), modality), world.device)
     inputs = torch.randn(2, *MEDIA_SHAPES[modality])
     layers = range(4 if world.small else 12)
-    encoder.encode(inputs, layers)
-    start = time.perf_counter()
-    encoder.encode(inputs, layers)
-    return (time.perf_counter() - start) / 2
+    found = {}
+    for dtype in _IN_LOOP if world.dtype == torch.bfloat16 else ("float32",):
+        encoder = build(world.recipe(Case("epalm", 64, 4), modality, dtype), world.device)
+        encoder.encode(inputs, layers)
+        start = time.perf_counter()
+        encoder.encode(inputs, layers)
+        found[dtype] = (time.perf_counter() - start) / 2
+    return found
 
 
 class Peak(NamedTuple):
