@@ -37,7 +37,7 @@ def load_lm(config: LMConfig, device: torch.device, trained: bool = False) -> Pr
         lm = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=lm_dtype(config, device, trained),
-            attn_implementation="sdpa",  # our masks are boolean, eager attention would add them
+            attn_implementation="sdpa",  # whatever its config.json asks for: ours takes its place
             local_files_only=True,
             device_map=config.device_map,
         )

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from epalm.config import VariantConfig
 from epalm.errors import EpalmError
+from epalm.model import attention, layers
 from epalm.model.augmented import AugmentedLM
 from epalm.model.families import family_of
 from epalm.model.injection import InjectionPlan
@@ -114,11 +115,23 @@ def generate(model: AugmentedLM, batch: dict[str, torch.Tensor], **options: obje
     return ids[:, batch["input_ids"].shape[1] :]
 
 
-def test_shared_prefix_equals_the_joint_pass(model: AugmentedLM, batch: dict) -> None:
-    """Loss and every gradient: prefix once per media, equal texts once, against all at once.
+LAYOUTS = {
+    "packed": lambda patch: None,
+    "lowest_layer_apart": lambda patch: patch.setattr(layers, "_MANY", 1),
+    "fused_attention": lambda patch: patch.setattr(attention, "WRITTEN_OUT_ON", set()),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shared_prefix_equals_the_joint_pass(
+    model: AugmentedLM, batch: dict, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and every gradient: prefix once per media, in one sequence with the texts, against all
+    at once.
 
     In float64; what is left comes from Llama's norms and rotations, which stay in float32.
     """
+    LAYOUTS[layout](monkeypatch)
     model = model.double()
     labels = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100).roll(-1, 1)
     labels[:, -1] = -100

@@ -210,8 +210,10 @@ def test_unknown_family_names_the_known_ones() -> None:
         family_of(lm)
 
 
-def test_attention_that_cannot_read_our_masks_is_refused() -> None:
-    lm = tiny_lm("llama")
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_whatever_attention_the_lm_has_ours_takes_its_place(kind: str, batch: dict) -> None:
+    lm = tiny_lm(kind)
+    expected = generate(augmented(lm), batch)
     lm.set_attn_implementation("eager")
-    with pytest.raises(EpalmError, match="attn_implementation is 'eager'"):
-        family_of(lm)
+    assert torch.equal(generate(augmented(lm), batch), expected)
+    assert lm.config._attn_implementation == "eager"

@@ -22,14 +22,8 @@ FAMILIES: dict[str, type[LMFamily]] = {
 
 
 def family_of(lm: PreTrainedModel) -> LMFamily:
-    """The family of an LM; EpalmError when it has none yet, or cannot read our masks."""
+    """The family of an LM; EpalmError when it has none yet."""
     kind = lm.config.model_type
     if kind not in FAMILIES:
         raise EpalmError(f"lm.weights: LM family {kind!r} is not one of {', '.join(FAMILIES)}")
-    attention = lm.config._attn_implementation
-    if attention != "sdpa":  # the others take no boolean mask, and some say nothing
-        raise EpalmError(
-            f"lm.weights: attn_implementation is {attention!r}; remove it from the LM's "
-            "config.json, so that it is 'sdpa'"
-        )
     return FAMILIES[kind](lm)
