@@ -14,7 +14,6 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from epalm.model import written_out
-from epalm.model.masks import added_to_scores
 from epalm.model.packing import Packing
 
 WRITTEN_OUT_ON = {"cpu"}
@@ -46,17 +45,18 @@ def _attention(
     (B, Q, heads, d), and no weights.
 
     Args:
-        attention_mask: (B, 1, Q, K) True: may be seen; None with a packing, which has masks.
+        attention_mask: (B, 1, Q, K) added to the scores; None with a packing, which has masks.
         scaling: of the products of queries and keys; None: d ** -0.5.
         packing: with it, B = 1 and Q = K.
     """
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     written = query.device.type in WRITTEN_OUT_ON
+    if len(query) == 1 and packing is None and not query.requires_grad:
+        written = False  # to generate one text, the fused kernel is the faster one
     if packing is None:
         assert attention_mask is not None
         if written:
-            mask = added_to_scores(attention_mask, query.dtype)
-            return written_out.attention(query, key, value, mask, factor), None
+            return written_out.attention(query, key, value, attention_mask, factor), None
         return _fused(module, query, key, value, attention_mask, factor), None
     if written:
         out: torch.Tensor = written_out.PackedAttention.apply(query, key, value, packing, factor)

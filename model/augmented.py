@@ -184,7 +184,7 @@ class AugmentedLM(PretrainedMixin, nn.Module):
         layers.keep_keys(front, cache, prefix)
         cache.prefix_in_first_layer = cache.get_seq_length()
         if rows is not None:
-            cache.take_later(range(self.plan.start, layers.last.stop), rows)
+            cache.take_later(layers.injected, rows)
         return cache
 
     def extend(
@@ -217,6 +217,8 @@ class AugmentedLM(PretrainedMixin, nn.Module):
         if equal is not None:
             cache.take(layers.lower, equal.row)
             text = text[equal.row]
+        if last is None or last >= text.shape[1]:
+            return layers.on_text(layers.injected, text, attention_mask, cache)
         text = layers.on_text(layers.upper, text, attention_mask, cache)
         return layers.on_last(text, attention_mask, last, cache)
 
@@ -251,8 +253,7 @@ class AugmentedLM(PretrainedMixin, nn.Module):
         text = self.family.embed_text(input_ids, of_text)
         hidden = torch.cat((prefix.prompts[0].expand(len(text), -1, -1), text), dim=1)
         places = torch.arange(prefix.length, device=self.device)
-        upper = range(self.plan.start, layers.last.stop)
-        for some, first in ((layers.lower, tokens), (upper, 0)):
+        for some, first in ((layers.lower, tokens), (layers.injected, 0)):
             mask = joint_mask(
                 self.prompt_length, attention_mask, tokens - first, self.reference_mask
             )

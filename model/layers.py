@@ -38,6 +38,7 @@ class Layers:
         upper: the others, but for the last.
         last: the last alone. There, nothing but keys and values is wanted of a state that no token
             is predicted from.
+        injected: `upper` and `last`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Layers:
         self.lower = range(plan.start)
         self.upper = range(plan.start, count - 1)
         self.last = range(count - 1, count)
+        self.injected = range(plan.start, count)
         self._lm, self._family, self._plan, self._adapted = lm, family, plan, adapted
 
     def run(
@@ -238,9 +240,14 @@ class Layers:
         length: int,
         mask: torch.Tensor | None,
     ) -> dict[str, Any]:
-        """Keyword arguments of a layer call; see `LMFamily.layer_arguments`."""
+        """Keyword arguments of a layer call; see `LMFamily.layer_arguments`.
+
+        Args:
+            mask: (B, 1, S, K) True: may be seen; None: it comes otherwise.
+        """
         extra = self._family.layer_arguments(hidden, places, text_positions, length)
-        return {"attention_mask": mask, **extra}
+        added = None if mask is None else added_to_scores(mask, hidden.dtype)
+        return {"attention_mask": added, **extra}
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
