@@ -1,6 +1,7 @@
 """A batch in pieces, runs that stop early, batches that are not finite, and what is printed."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from epalm.model.spread import check_room, return_outputs
 from epalm.store.atomic import read_json_lines
 from epalm.train.batches import TrainingBatches
 from epalm.train.checkpoint import Progress, load_weights
+from epalm.train.loop import Training
 from epalm.train.loss import example_losses
 from epalm.train.parts import Parts, assemble
 from epalm.train.run import Run
@@ -80,6 +82,27 @@ def test_accumulation_changes_nothing(prepare: Prepare, tmp_path: Path, loss: st
     for name, value in weights.items():
         # 4e-7 apart here, from adding gradients in another order
         torch.testing.assert_close(others[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_float16_lm_loses_no_small_gradient(prepare: Prepare) -> None:
+    """A loss scaled so far down that float16 could not hold its gradient: 6e-8 is its smallest."""
+    found = []
+    for dtype in ("float32", "float16"):
+        parts = prepare(f"lm.dtype={dtype}", "train.loss_scale=1e-6", "train.accumulate=2")
+        training = Training(Run.create(parts.recipe), parts, batches_of(parts), validate)
+        outcome = training.stepper()(0)
+        parameters = parts.model.trained.named_parameters()
+        gradients = {name: 1e6 * p.grad for name, p in parameters}
+        found.append((outcome.loss, outcome.norm, gradients))
+        shutil.rmtree(training.run.folder)
+    (loss, norm, exact), (rough_loss, rough_norm, rough) = found
+    # float16 has eleven binary digits, and six layers to lose some of them
+    assert rough_loss.item() == pytest.approx(loss.item(), rel=1e-2)
+    assert rough_norm.item() == pytest.approx(norm.item(), rel=2e-2)
+    for name, gradient in exact.items():
+        assert rough[name].dtype == torch.float32
+        error = (rough[name] - gradient).norm() / gradient.norm()
+        assert error < 0.05, name
 
 
 def test_a_run_may_go_on_with_other_pieces(prepare: Prepare) -> None:

@@ -1,7 +1,9 @@
 """One optimiser step: the batch in pieces, over all processes and one after the other.
 
 The pieces are weighted so that their sum is the loss of the whole batch: how it is cut changes
-neither loss nor gradient, but for the order in which floats are added.
+neither loss nor gradient, but for the order in which floats are added. The weight is put on the
+gradients of what is trained, in float32: through the LM go those of each label's loss, which a
+float16 LM would lose if they were as small as a long batch's mean makes them.
 """
 
 from dataclasses import replace
@@ -97,10 +99,10 @@ class Stepper:
                         total += self._learn_from(batch, factor)
                 else:
                     total += self._learn_from(batch, factor)
-        return Outcome(total, self.end())
+        return Outcome(total, self.end(factor))
 
     def begin(self, step: int) -> float:
-        """Forget the step before; the factor on the summed loss of each piece."""
+        """Forget the step before; the factor on the summed loss of each piece, and its gradient."""
         config = self.config
         set_learning_rates(self.optimiser, step, config)
         self.optimiser.zero_grad(set_to_none=True)
@@ -124,21 +126,22 @@ class Stepper:
                 self.batches.prepare(step + 1, piece + 1 - count, self.pieces)
         return batch
 
-    def end(self) -> torch.Tensor:
+    def end(self, factor: float) -> torch.Tensor:
         """Change the parameters; the gradient's length before it was clipped."""
         with self.clock.running("step"):
-            norm = self._clip()
+            norm = self._weigh_and_clip(factor)
             self.optimiser.step()
         return norm
 
     def _learn_from(self, batch: Batch, factor: float) -> torch.Tensor:
-        loss = self.piece_loss(batch) * factor
+        loss = self.piece_loss(batch)
         loss.backward()
-        return loss.detach()
+        return loss.detach() * factor
 
-    def _clip(self) -> torch.Tensor:
+    def _weigh_and_clip(self, factor: float) -> torch.Tensor:
         """The gradient's length, before it is cut down to `clip_norm`."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, factor)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)

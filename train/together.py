@@ -103,20 +103,20 @@ class SharedStepper:
 
     def __call__(self, step: int) -> list[Outcome]:
         """Learn from the batches of a step, from 0; the outcome for each run."""
-        factors = torch.tensor([stepper.begin(step) for stepper in self.steppers])
-        factors = send(factors, self.model.device)
+        own_factors = [stepper.begin(step) for stepper in self.steppers]
+        factors = send(torch.tensor(own_factors), self.model.device)
         total = torch.zeros_like(factors)
         for index in range(self.steppers[0].config.accumulate):
             batches = [stepper.piece(step, index) for stepper in self.steppers]
             begin = time.perf_counter()
             sums, _ = losses_of(self.model, join(batches))
-            losses = sums.view(len(batches), -1).sum(dim=1) * factors
-            losses.sum().backward()
-            total += losses.detach()
+            sums.sum().backward()
+            total += sums.detach().view(len(batches), -1).sum(dim=1) * factors
             share = (time.perf_counter() - begin) / len(batches)
             for clock in self.clocks:
                 clock.spent["step"] += share
-        norms = [stepper.end() for stepper in self.steppers]
+        ends = zip(self.steppers, own_factors, strict=True)
+        norms = [stepper.end(factor) for stepper, factor in ends]
         return [Outcome(*pair) for pair in zip(total, norms, strict=True)]
 
 
