@@ -225,12 +225,12 @@ class Layers:
     def _call_on_text(
         self,
         text: torch.Tensor,
-        positions: torch.Tensor,
+        places: torch.Tensor,
         mask: torch.Tensor,
         cache: PrefixCache | None,
     ) -> dict[str, Any]:
         length = cache.length(False) if cache is not None else 0
-        return self.call(text, positions.new_zeros(0), positions, length, mask)
+        return self.call(text, places.new_zeros(0), places, length, mask)
 
     def call(
         self,
