@@ -7,9 +7,9 @@ and 64, one and four questions about each image; random weights. Two variants: e
 of 10 with MLP, a connection per level) and eP-ALM_lin (one connection, no prompt). A step is
 forward, backward and AdamW, on batches that `TrainingBatches` draws from a feature store.
 
-encoder in loop  every example's image through the encoder, then the naive step
-encoder, bf16    the same with the encoder in bfloat16 as well, where the LM is; else in float32, as
-                 recipes have it unless they say otherwise
+encoder in loop  every example's image through the encoder, then the naive step; the encoder is in
+                 float32, as recipes have it unless they say otherwise
+encoder, bf16    the same with the encoder in bfloat16, where the LM is
 naive            [token | prompt | text] of every example at once, all logits, attention as Hugging
                  Face has it, and (in lin) a graph down to the words
 logits           logits only where there is a label

@@ -51,22 +51,17 @@ def _attention(
     """
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     written = query.device.type in WRITTEN_OUT_ON
-    if len(query) == 1 and packing is None and not query.requires_grad:
-        written = False  # to generate one text, the fused kernel is the faster one
     if packing is None:
         assert attention_mask is not None
-        if written:
+        one_text = len(query) == 1 and not query.requires_grad  # to generate it, fused is faster
+        if written and not one_text:
             return written_out.attention(query, key, value, attention_mask, factor), None
         return _fused(module, query, key, value, attention_mask, factor), None
     if written:
         out: torch.Tensor = written_out.PackedAttention.apply(query, key, value, packing, factor)
         return out, None
-    parts = [packing.split(states.transpose(1, 2)) for states in (query, key, value)]
-    (q, q_text), (k, k_text), (v, v_text) = (
-        (prefix.transpose(1, 2), text.transpose(1, 2)) for prefix, text in parts
-    )
-    k_text = torch.cat((packing.prefix_of_texts(k), k_text), dim=2)
-    v_text = torch.cat((packing.prefix_of_texts(v), v_text), dim=2)
+    (q, q_text), (k, k_text), (v, v_text) = map(packing.heads, (query, key, value))
+    k_text, v_text = packing.after_prefix(k, k_text), packing.after_prefix(v, v_text)
     if q.shape[2]:
         prefix = _fused(module, q, k, v, packing.prefix_mask, factor)
     else:  # without a prompt, below the first injection layer

@@ -85,7 +85,7 @@ class Layers:
         """Some layers on prefixes alone.
 
         Args:
-            layers: all of `lower`, or part of the others.
+            layers: part of `lower`, or of the others.
             front: prefixes (R, S, H) as they left the layer before.
             length: of a prefix in these layers.
             cache: what is kept of them.
@@ -113,7 +113,7 @@ class Layers:
         """Some layers on prefixes and the texts after them, in one sequence.
 
         Args:
-            layers: `lower` or `upper`.
+            layers: `lower` or `upper`, or the rest of one.
             front: prefixes (R, S, H) as they left the layer before.
             text: (B, T, H) likewise.
             mask: (B, T) 1 for real tokens.
@@ -127,8 +127,12 @@ class Layers:
         entered = prefix.enter(layers.start, front)
         if entered.requires_grad and not text.requires_grad and mask.numel() >= _MANY:
             # in one sequence, a gradient would be made for the text that nobody wants
-            front, text = self._apart(layers[:1], front, text, mask, prefix, owner)
-            return self.packed(layers[1:], front, text, mask, prefix, owner)
+            first, rest = layers[:1], layers[1:]
+            cache = PrefixCache(prefix.tokens.shape[2], prefix.prompts.shape[2])
+            front = self.on_prefix(first, front, entered.shape[1], cache, prefix)
+            cache.take_later(first, mask.new_zeros(len(mask)) if owner is None else owner)
+            text = self.on_text(first, text, mask, cache, prefix)
+            return self.packed(rest, front, text, mask, prefix, owner)
         front = entered
         length, queries = front.shape[1], text.shape[1]
         packing = Packing(
@@ -153,22 +157,6 @@ class Layers:
         return packing.split(
             self.run(layers, hidden, {**call, "packing": packing}, None, enter, counts)
         )
-
-    def _apart(
-        self,
-        layers: range,
-        front: torch.Tensor,
-        text: torch.Tensor,
-        mask: torch.Tensor,
-        prefix: Prefix,
-        owner: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`packed`, one after the other."""
-        cache = PrefixCache(prefix.tokens.shape[2], prefix.prompts.shape[2])
-        below = layers.start < self._plan.start
-        front = self.on_prefix(layers, front, cache.length(below), cache, prefix)
-        cache.take_later(layers, mask.new_zeros(len(mask)) if owner is None else owner)
-        return front, self.on_text(layers, text, mask, cache, prefix)
 
     def on_text(
         self,

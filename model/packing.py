@@ -38,7 +38,16 @@ class Packing(NamedTuple):
             text.unflatten(0, (self.texts, queries)),
         )
 
-    def prefix_of_texts(self, states: torch.Tensor) -> torch.Tensor:
+    def heads(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention's states (1, h, N, d) to (R, h, S, d) and (B, h, T, d)."""
+        prefix, text = self.split(states.transpose(1, 2))
+        return prefix.transpose(1, 2), text.transpose(1, 2)
+
+    def after_prefix(self, prefix: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """(R, h, S, d) and (B, h, T, d) to texts, each after its prefix: (B, h, S + T, d)."""
+        return torch.cat((self._prefix_of_texts(prefix), text), dim=2)
+
+    def _prefix_of_texts(self, states: torch.Tensor) -> torch.Tensor:
         """Of prefixes (R, …), of the prefix of each text (B, …)."""
         if self.owner is None:
             return states.expand(self.texts, *states.shape[1:])

@@ -22,7 +22,7 @@ class _ReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         (positive,) = ctx.saved_tensors
-        # times 0 or 1, bit for bit: on a CPU five to twenty times as fast as choosing numbers is
+        # times 0 or 1 as integers: on a CPU three to eleven times as fast as with numbers
         bits = _BITS[gradient.dtype.itemsize]
         return positive.to(bits).mul_(gradient.view(bits)).view(gradient.dtype)
 

@@ -1,7 +1,8 @@
 """Attention written out as matrix products, for a CPU.
 
 Our sequences are short. There, torch's fused kernel takes ten times as long in bfloat16, most of it
-for the backward pass, and no less in float32; and it keeps the prefix once for each text.
+for the backward pass, and no less in float32 (at a hundred tokens, a fifth less). And it keeps the
+prefix once for each text.
 
 Shapes: B rows of Q queries and K keys; h heads of width d; keys and values may have fewer heads,
 each for several of the queries' in a row.
@@ -38,12 +39,12 @@ class PackedAttention(torch.autograd.Function):
         packing: Packing,
         scaling: float,
     ) -> torch.Tensor:
-        (q, q_text), (k, k_text), (v, v_text) = (_rows(t, packing) for t in (query, key, value))
+        (q, q_text), (k, k_text), (v, v_text) = map(packing.heads, (query, key, value))
         weights = _weights(q, k, packing.prefix_mask, scaling)
-        of_text = _weights(q_text, _after(k, k_text, packing), packing.text_mask, scaling)
+        of_text = _weights(q_text, packing.after_prefix(k, k_text), packing.text_mask, scaling)
         ctx.save_for_backward(query, key, value, weights, of_text)
         ctx.packing, ctx.scaling = packing, scaling
-        out = _weighted(weights, v), _weighted(of_text, _after(v, v_text, packing))
+        out = _weighted(weights, v), _weighted(of_text, packing.after_prefix(v, v_text))
         return _joined(*out, packing).transpose(1, 2)
 
     @staticmethod
@@ -53,10 +54,10 @@ class PackedAttention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         *states, weights, of_text = ctx.saved_tensors
         packing, length = ctx.packing, weights.shape[2]
-        (q, q_text), (k, k_text), (v, v_text) = (_rows(t, packing) for t in states)
-        g, g_text = _rows(gradient.transpose(1, 2), packing)
+        (q, q_text), (k, k_text), (v, v_text) = map(packing.heads, states)
+        g, g_text = packing.heads(gradient.transpose(1, 2))
         prefix = _gradients(g, q, k, v, weights, ctx.scaling)
-        k_text, v_text = _after(k, k_text, packing), _after(v, v_text, packing)
+        k_text, v_text = packing.after_prefix(k, k_text), packing.after_prefix(v, v_text)
         text = _gradients(g_text, q_text, k_text, v_text, of_text, ctx.scaling)
         for own, seen in zip(prefix[1:], text[1:], strict=True):
             own += packing.sum_over_texts(seen[:, :, :length])
@@ -69,24 +70,13 @@ class PackedAttention(torch.autograd.Function):
         )
 
 
-def _rows(states: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1, h, N, d) to those of prefixes (R, h, S, d) and of texts (B, h, T, d)."""
-    prefix, text = packing.split(states.transpose(1, 2))
-    return prefix.transpose(1, 2), text.transpose(1, 2)
-
-
 def _joined(prefix: torch.Tensor, text: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """The other way round, with each state's heads side by side in memory."""
+    """Undoes `Packing.heads`: (1, h, N, d), with each state's heads side by side in memory."""
     count = sum(states.shape[0] * states.shape[2] for states in (prefix, text))
     joined = text.new_empty(1, count, text.shape[1], text.shape[3]).transpose(1, 2)
-    for part, states in zip(_rows(joined, packing), (prefix, text), strict=True):
+    for part, states in zip(packing.heads(joined), (prefix, text), strict=True):
         part.copy_(states)
     return joined
-
-
-def _after(prefix: torch.Tensor, text: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Texts (B, h, T, d), each after its prefix: (B, h, S + T, d)."""
-    return torch.cat((packing.prefix_of_texts(prefix), text), dim=2)
 
 
 def _weights(

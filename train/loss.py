@@ -87,6 +87,7 @@ def _into_gradient(logits: torch.Tensor, place: tuple[torch.Tensor, torch.Tensor
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
+    """At least float32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -104,7 +105,9 @@ class _InPieces(torch.autograd.Function):
             with torch.enable_grad():
                 logits = family.logits(some)
             place = torch.arange(len(some), device=some.device), wanted
-            losses.append(_into_gradient(wide := _wide(logits.detach()), place))
+            # of a float32 LM these are the logits themselves: their own graph has no use for them
+            wide = _wide(logits.detach())
+            losses.append(_into_gradient(wide, place))
             gradients += torch.autograd.grad(logits, some, wide.to(logits.dtype))
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)

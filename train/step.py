@@ -141,7 +141,8 @@ class Stepper:
     def _weigh_and_clip(self, factor: float) -> torch.Tensor:
         """The gradient's length, before it is cut down to `clip_norm`."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        torch._foreach_mul_(gradients, factor)
+        for gradient in gradients:
+            gradient.mul_(factor)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
