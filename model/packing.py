@@ -1,11 +1,12 @@
 """Prefixes and the texts after them in one sequence, so that a layer is called once for both."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 
-class Packing(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Packing:
     """How R * S prefix states and, after them, B * T text states make one sequence of N.
 
     A prefix sees itself; a text sees its prefix and itself.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from epalm.model.blocks import Blocks, blocks_of
 from epalm.model.packing import Packing
 
 
@@ -20,8 +21,11 @@ def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """(B, h, Q, d) to (B, Q, h, d); `mask` (B or 1, 1, Q, K) is added to the scores."""
-    weights = _weights(query, key, mask, scaling)
-    return _weighted(weights, value).transpose(1, 2)
+    rows, heads, queries, width = query.shape
+    by_key_head = query.reshape(rows, key.shape[1], heads // key.shape[1] * queries, width)
+    scores = by_key_head @ key.transpose(2, 3)
+    weights = _softmax(scores.view(rows, heads, queries, -1), mask, scaling).view_as(scores)
+    return (weights @ value).view(rows, heads, queries, -1).transpose(1, 2)
 
 
 class PackedAttention(torch.autograd.Function):
@@ -39,81 +43,41 @@ class PackedAttention(torch.autograd.Function):
         packing: Packing,
         scaling: float,
     ) -> torch.Tensor:
-        (q, q_text), (k, k_text), (v, v_text) = map(packing.heads, (query, key, value))
-        weights = _weights(q, k, packing.prefix_mask, scaling)
-        of_text = _weights(q_text, packing.after_prefix(k, k_text), packing.text_mask, scaling)
-        ctx.save_for_backward(query, key, value, weights, of_text)
-        ctx.packing, ctx.scaling = packing, scaling
-        out = _weighted(weights, v), _weighted(of_text, packing.after_prefix(v, v_text))
-        return _joined(*out, packing).transpose(1, 2)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        blocks = blocks_of(packing, query.shape[2], key.shape[2])
+        scores = blocks.queries(query) @ blocks.keys(key).transpose(1, 2)
+        by_head = scores.view(len(blocks.mask), -1, *blocks.mask.shape[2:])
+        weights = _softmax(by_head, blocks.mask, scaling)
+        weights[:, :, : blocks.used.shape[2]] *= blocks.used
+        weights = weights.view_as(scores)
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.blocks, ctx.scaling = blocks, scaling
+        return blocks.from_queries(weights @ blocks.keys(value))
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, gradient: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
-        *states, weights, of_text = ctx.saved_tensors
-        packing, length = ctx.packing, weights.shape[2]
-        (q, q_text), (k, k_text), (v, v_text) = map(packing.heads, states)
-        g, g_text = packing.heads(gradient.transpose(1, 2))
-        prefix = _gradients(g, q, k, v, weights, ctx.scaling)
-        k_text, v_text = packing.after_prefix(k, k_text), packing.after_prefix(v, v_text)
-        text = _gradients(g_text, q_text, k_text, v_text, of_text, ctx.scaling)
-        for own, seen in zip(prefix[1:], text[1:], strict=True):
-            own += packing.sum_over_texts(seen[:, :, :length])
-        return (
-            _joined(prefix[0], text[0], packing),
-            _joined(prefix[1], text[1][:, :, length:], packing),
-            _joined(prefix[2], text[2][:, :, length:], packing),
-            None,
-            None,
-        )
+        query, key, value, weights = ctx.saved_tensors
+        blocks: Blocks = ctx.blocks
+        of_out = blocks.queries(gradient)
+        of_value = blocks.from_keys(weights.transpose(1, 2) @ of_out)
+        of_weights = (of_out @ blocks.keys(value).transpose(1, 2)).to(_wide(weights))
+        seen = weights.to(_wide(weights))
+        mean = (of_weights * seen).sum(dim=2, keepdim=True)
+        of_scores = (of_weights - mean).mul_(seen).mul_(ctx.scaling).to(query.dtype)
+        of_query = blocks.from_queries(of_scores @ blocks.keys(key))
+        of_key = blocks.from_keys(of_scores.transpose(1, 2) @ blocks.queries(query))
+        of_query, of_key, of_value = (x.transpose(1, 2) for x in (of_query, of_key, of_value))
+        return of_query, of_key, of_value, None, None
 
 
-def _joined(prefix: torch.Tensor, text: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """Undoes `Packing.heads`: (1, h, N, d), with each state's heads side by side in memory."""
-    count = sum(states.shape[0] * states.shape[2] for states in (prefix, text))
-    joined = text.new_empty(1, count, text.shape[1], text.shape[3]).transpose(1, 2)
-    for part, states in zip(packing.heads(joined), (prefix, text), strict=True):
-        part.copy_(states)
-    return joined
+def _softmax(scores: torch.Tensor, mask: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Weights (B, h, Q, K); in float32 at least, as Hugging Face has it."""
+    weights = torch.add(mask, scores, alpha=scaling).softmax(dim=3, dtype=_wide(scores))
+    return weights.to(scores.dtype)
 
 
-def _weights(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """(B, h, Q, K); softmax at least in float32, as Hugging Face has it."""
-    scores = _by_key_head(query, key) @ key.transpose(2, 3)
-    scores = scores.view(*query.shape[:3], key.shape[2])
-    wide = torch.promote_types(query.dtype, torch.float32)
-    return torch.add(mask, scores, alpha=scaling).softmax(dim=3, dtype=wide).to(query.dtype)
-
-
-def _weighted(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """(B, h, Q, K) and values (B, key heads, K, d) to (B, h, Q, d)."""
-    return (_by_key_head(weights, value) @ value).view(*weights.shape[:3], value.shape[3])
-
-
-def _gradients(
-    gradient: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    weights: torch.Tensor,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of query, key and value, from that of what `_weighted` gave."""
-    by_head, weights_by_head = _by_key_head(gradient, key), _by_key_head(weights, key)
-    of_value = weights_by_head.transpose(2, 3) @ by_head
-    wide = torch.promote_types(query.dtype, torch.float32)
-    of_weights, seen = (by_head @ value.transpose(2, 3)).to(wide), weights_by_head.to(wide)
-    mean = (of_weights * seen).sum(dim=3, keepdim=True)
-    of_scores = (of_weights - mean).mul_(seen).mul_(scaling).to(query.dtype)
-    of_query = (of_scores @ key).view_as(query)
-    return of_query, of_scores.transpose(2, 3) @ _by_key_head(query, key), of_value
-
-
-def _by_key_head(states: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """(B, h, Q, …) to (B, key heads, h / key heads * Q, …): what meets the same keys together."""
-    rows, heads, queries, width = states.shape
-    return states.reshape(rows, key.shape[1], heads // key.shape[1] * queries, width)
+def _wide(states: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(states.dtype, torch.float32)

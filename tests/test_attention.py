@@ -17,7 +17,7 @@ from tests.conftest import tiny_opt
 
 HEADS, KEY_HEADS, WIDTH, SCALING = 4, 2, 3, 0.7
 TEXTS, TOKENS = 5, 4
-OWNERS = {"of_three": torch.tensor([2, 0, 0, 2, 2]), "of_one": None}  # nobody's is the second
+OWNERS = {"of_three": torch.tensor([2, 0, 1, 2, 2]), "of_one": None}
 
 
 def packing(owner: torch.Tensor | None, length: int, dtype: torch.dtype) -> Packing:
