@@ -14,6 +14,7 @@ from epalm.model.text import Equal
 from epalm.train.batches import Batch
 
 _PIECE = 128  # labels whose logits are made at once: few for memory, yet enough for fast products
+_ROWS = 32  # of these, whose softmax is made at once, in float32 at least: few for memory
 
 
 def losses_of(model: AugmentedLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,13 +77,16 @@ def _losses(states: torch.Tensor, labels: torch.Tensor, family: LMFamily) -> tor
     return cross_entropy(_wide(family.logits(states)), labels, reduction="none")
 
 
-def _into_gradient(logits: torch.Tensor, place: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy (N,) of logits (N, V) with the labels at a place of each; where the logits
+def _into_gradient(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy (N,) of logits (N, V) with labels (N,), in float32 at least; where the logits
     were, there is its gradient then."""
-    top = logits.amax(dim=1, keepdim=True)
-    of_label = logits[place]
-    sums = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
-    logits.div_(sums)[place] -= 1
+    wide, place = _wide(logits), (torch.arange(len(labels), device=labels.device), labels)
+    top = wide.amax(dim=1, keepdim=True)
+    of_label = wide[place]
+    sums = wide.sub_(top).exp_().sum(dim=1, keepdim=True)
+    wide.div_(sums)[place] -= 1
+    if wide is not logits:
+        logits.copy_(wide)
     return (top + sums.log())[:, 0] - of_label
 
 
@@ -104,11 +108,10 @@ class _InPieces(torch.autograd.Function):
             some = some.detach().requires_grad_()
             with torch.enable_grad():
                 logits = family.logits(some)
-            place = torch.arange(len(some), device=some.device), wanted
-            # of a float32 LM these are the logits themselves: their own graph has no use for them
-            wide = _wide(logits.detach())
-            losses.append(_into_gradient(wide, place))
-            gradients += torch.autograd.grad(logits, some, wide.to(logits.dtype))
+            gradient = logits.detach()  # the same memory: for their own graph they are of no use
+            for rows in zip(gradient.split(_ROWS), wanted.split(_ROWS), strict=True):
+                losses.append(_into_gradient(*rows))
+            gradients += torch.autograd.grad(logits, some, gradient)
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 
