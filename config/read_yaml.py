@@ -22,6 +22,8 @@ def read_yaml(text: str, source: str) -> Any:
         raise EpalmError(f"{source}{place}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2023-02-30, say
         raise EpalmError(f"{source}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise EpalmError(f"{source}: not valid YAML: nested too deeply") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -109,7 +109,7 @@ def _caption(archive: Path, key: str, parts: dict[str, Media]) -> str:
             fields = {"caption": parts["txt"].read().decode()}
         else:
             fields = json.loads(parts["json"].read()) if "json" in parts else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EpalmError(f"{archive}, {place}: its caption cannot be read ({error})") from None
     if not isinstance(fields, dict):
         raise EpalmError(f"{archive}, {place}: its .json member must hold an object")

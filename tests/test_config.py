@@ -112,6 +112,7 @@ def test_extends_merges_sections(tmp_path: Path) -> None:
         (b"train: {lr: 1}\nseed: 1\ntrain: {steps: 5}", "line 3: .*: the key train stands twice"),
         (b"name: caf\xe9", "not UTF-8"),
         (b"name: x\nbase: demo.yaml", "a sweep, not a recipe"),
+        (b"name: " + b"[" * 100_000, "self.yaml: not valid YAML: nested too deeply"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: bytes, word: str) -> None:
