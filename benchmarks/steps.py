@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from step_world import MEDIA_SHAPES, PROMPT, Case, World
+from step_world import MEDIA_SHAPES, PROMPT, VARIANTS, Case, World
 from torch.nn.functional import cross_entropy
 
 from epalm.extract.encoder import Encoder, build
@@ -198,14 +198,20 @@ def _joint_loss(
 
 
 class Bound:
-    """The matrix products of a case, ready to be run back to back."""
+    """The matrix products of a case, ready to be run back to back.
 
-    def __init__(self, world: World, case: Case, lower_cached: bool = False):
+    Args:
+        lower_cached: without those of the lower half.
+        prompts: with those of prompt tokens, once per step in the lower half and once per media
+            above it; a layer's text and prefix in one product, which is faster.
+    """
+
+    def __init__(self, world: World, case: Case, lower_cached: bool = False, prompts: bool = False):
         lm = world.lm
         layers = lm.model.decoder.layers
         half = len(layers) // 2
         texts, media = case.batch * (PROMPT + 1), case.batch // case.questions
-        trains_prompt = case.variant == "epalm"
+        prompt = VARIANTS[case.variant]["prompt_length"]
         self.products: list[tuple[torch.Tensor, torch.Tensor]] = []
         weights_of = [
             [layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight,
@@ -213,21 +219,26 @@ class Bound:
              layer.fc1.weight, layer.fc2.weight]
             for layer in layers
         ]  # fmt: skip
-        for index, some in enumerate(weights_of):
+
+        def rows_of(index: int) -> list[int]:
             upper = index >= half
-            if upper or not lower_cached:
-                self._forward(texts, some)
-            if upper:
-                self._forward(media, some)
+            if prompts:
+                return [texts + (media * (prompt + 1) if upper else prompt)]
+            return [texts, media] if upper else [texts]
+
+        for index, some in enumerate(weights_of):
+            if index >= half or not lower_cached:
+                for rows in rows_of(index):
+                    self._forward(rows, some)
         self._forward(2 * case.batch, [lm.lm_head.weight])
         self._backward(2 * case.batch, [lm.lm_head.weight])
-        lowest = 0 if trains_prompt else half
+        lowest = 0 if prompt else half
         for index in reversed(range(lowest, len(layers))):
-            # in the lowest layer text is reached as keys' queries are, but not its own input
             some = weights_of[index]
-            self._backward(texts, some[3:] if index == lowest else some)
-            if index >= half:
-                self._backward(media, some)
+            for rows in rows_of(index):
+                # in the lowest layer text is reached as keys' queries are, but not its own input
+                own = index == lowest and rows >= texts
+                self._backward(rows, some[3:] if own else some)
 
     def _forward(self, rows: int, some: list[torch.Tensor]) -> None:
         self._add(rows, [w.detach().t() for w in some])

@@ -30,12 +30,14 @@ bound            the matrix products that the sample-dependent work needs, back 
                  layer on, logits at labels; forward, and backward where a trained parameter is
                  reached. Attention's own products are not counted, nor are prompt tokens. For
                  `states` there is a bound of its own, without the lower layers.
+bound, prompts   the same with those of prompt tokens, a layer's text and prefix in one product
 
-Steps take turns within a repeat, so that all see the same machine; medians count. Peak memory is
-measured in a process of its own, without the interpreter and its libraries, weights included; that
-of the step alone leaves out weights and optimiser, too. Data wait is the time that drawing a batch
-takes, as a share of the step. The encoders of video and audio are measured on one batch, since they
-take minutes.
+Steps take turns within a repeat, so that all see the same machine, and the bound comes right after
+the step that `train` takes; medians count, of seconds and of each repeat's ratio to the bound. Peak
+memory is measured in a process of its own, without the interpreter and its libraries, weights
+included; that of the step alone leaves out weights and optimiser, too. Data wait is the time that
+drawing a batch takes, as a share of the step. The encoders of video and audio are measured on one
+batch, since they take minutes.
 """
 
 import argparse
@@ -79,22 +81,34 @@ def main() -> None:
         world = World(Path(name), options)
         print(f"device    {world.device}, {torch.get_num_threads()} torch threads, LM in "
               f"{world.dtype}\n")  # fmt: skip
-        result: dict[str, Any] = {}
+        result: dict[str, Measured] = {}
         for variant in VARIANTS:
             for batch in (8, 64):
                 for questions in (1, 4):
                     case = Case(variant, batch, questions)
                     result[str(case)] = _measure(world, case, options)
-        main_case = result[str(Case("epalm", 64, 4))]
-        print(json.dumps(_summary(world, options, result, main_case)))
+        print(json.dumps(_summary(world, options, result)))
 
 
-def _measure(world: World, case: Case, options: argparse.Namespace) -> dict[str, float]:
-    """Print a case's table; median seconds by step, with both bounds and the data's."""
+class Measured(NamedTuple):
+    """Of a case, medians by step: seconds, and seconds over those of the bound right after."""
+
+    seconds: dict[str, float]
+    of_bound: dict[str, float]
+
+
+def _measure(world: World, case: Case, options: argparse.Namespace) -> Measured:
+    """Print a case's table."""
     steps = Steps(world, case)
-    timed: dict[str, Callable[[], Any]] = {**steps.by_name, "bound": Bound(world, case)}
-    if "states" in timed:
-        timed["bound of states"] = Bound(world, case, lower_cached=True)
+    timed: dict[str, Callable[[], Any]] = {}
+    for name, step in steps.by_name.items():
+        timed[name] = step
+        if name == "last":
+            timed["bound"] = Bound(world, case)
+        if name == "states":
+            timed["bound of states"] = Bound(world, case, lower_cached=True)
+    if VARIANTS[case.variant]["prompt_length"]:
+        timed["bound, prompts"] = Bound(world, case, prompts=True)
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for repeat in range(options.repeats + 1):
         for name, step in timed.items():
@@ -108,25 +122,29 @@ def _measure(world: World, case: Case, options: argparse.Namespace) -> dict[str,
                 runs = 3 if name == "three, together" else 1
                 seconds[name].append((time.perf_counter() - start) / runs)
     found = {name: statistics.median(each) for name, each in seconds.items()}
+    of_bound = {}
+    for name, each in seconds.items():
+        bound = seconds["bound of states" if "states" in name else "bound"]
+        of_bound[name] = statistics.median(a / b for a, b in zip(each, bound, strict=False))
     found["data"] = steps.data_seconds()
     print(f"{case}")
     for name, value in found.items():
-        bound = found["bound of states" if name == "states" else "bound"]
-        ratio = f"{value / bound:8.2f} of bound" if name in steps.by_name else ""
+        ratio = f"{of_bound[name]:8.2f} of bound" if name in of_bound else ""
         print(f"  {name:16}{value:9.4f} s {ratio}")
     print(flush=True)
-    return found
+    return Measured(found, of_bound)
 
 
 def _summary(
-    world: World, options: argparse.Namespace, result: dict[str, Any], case: dict[str, float]
+    world: World, options: argparse.Namespace, result: dict[str, Measured]
 ) -> dict[str, Any]:
     """The last line, of eP-ALM in batches of 64 with four questions about each image.
 
     What has `_lin` in it is of eP-ALM_lin in these shapes, with text states from their cache; what
     ends in `_bf16`, with an encoder in bfloat16.
     """
-    step, lin = case["last"], result[str(Case("lin", 64, 4))]
+    case, of_bound = result[str(Case("epalm", 64, 4))]
+    step, lin = case["last"], result[str(Case("lin", 64, 4))].seconds
     encoders = {m: _encoder_seconds(world, m) for m in ("video", "audio")}
     dtypes = [*encoders["video"]]
     peaks = {name: _peak_of(name, options) for name in ("naive", "last", "halves")}
@@ -136,8 +154,8 @@ def _summary(
         for dtype, seconds in of_dtype.items():
             print(f"{modality} encoder, {dtype}: {seconds:.2f} s a media")
     summary = {
-        "step_over_bound": step / case["bound"],
-        "step_over_bound_halves": case["halves"] / case["bound"],
+        "step_over_bound": of_bound["last"],
+        "step_over_bound_halves": of_bound["halves"],
         "data_wait_share": case["data"] / step,
         "peak_memory_ratio": peaks["last"].whole / peaks["naive"].whole,
         "peak_memory_ratio_halves": peaks["halves"].whole / peaks["naive"].whole,
@@ -153,7 +171,8 @@ def _summary(
     return {
         **{key: round(value, 4) for key, value in summary.items()},
         "seconds": {
-            name: {k: round(v, 4) for k, v in found.items()} for name, found in result.items()
+            name: {k: round(v, 4) for k, v in found.seconds.items()}
+            for name, found in result.items()
         },
     }
 

@@ -112,9 +112,7 @@ def _by_head(states: torch.Tensor, heads: int) -> torch.Tensor:
     return (states[:, None] * heads + head).flatten()
 
 
-def _in_blocks(
-    blocks: torch.Tensor, places: torch.Tensor, heads: int, size: int
-) -> torch.Tensor:
+def _in_blocks(blocks: torch.Tensor, places: torch.Tensor, heads: int, size: int) -> torch.Tensor:
     """Of states (N,) at places of blocks, the rows of their heads in memory (B, heads, size): flat,
     in the order of (N, heads)."""
     head = torch.arange(heads, device=blocks.device)
