@@ -1,6 +1,7 @@
 """Queries and keys of a packed sequence in blocks of one size, for batched matrix products."""
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +18,8 @@ class Blocks:
     """A block for each text. Its keys are those of its prefix and its own; its queries are its own
     and a share of its prefix's, which the texts of a prefix divide among them.
 
-    So each query is answered once, and no key is looked up for a prefix and again for its texts.
-    What a prefix's query finds is undefined where no text follows that prefix.
+    So one batch of products serves prefixes and texts, and no query is answered twice. Those of a
+    prefix that no text follows find 0, and nothing is learnt from them.
 
     Shapes: R prefixes of S states, B texts of T; N = R * S + B * T states in the sequence. A block
     has E queries of its prefix, Q = E + T, and K = S + T keys; h heads of width d, of keys g.
@@ -30,8 +31,8 @@ class Blocks:
 
     Attributes:
         mask: (B, 1, Q, K) added to the scores.
-        used: (B, 1, E, 1) 1, but 0 for places that are left over where prefix's queries are shared
-            out; there, weights of attention are to be 0.
+        used: (B, 1, E, 1) 1, but 0 where there are fewer queries than places for them; there,
+            weights of attention are to be 0.
     """
 
     def __init__(self, packing: Packing, heads: int, key_heads: int):
@@ -40,37 +41,30 @@ class Blocks:
         owner = packing.owner
         if owner is None:
             owner = torch.zeros(texts, dtype=torch.long, device=device)
-        counts = owner.bincount(minlength=packing.prefixes)
-        shared = -(-length // int(counts[counts > 0].min()))
-        by_owner, first = owner.argsort(stable=True), counts.cumsum(0) - counts
-        text = torch.arange(texts, device=device)
-        rank = torch.empty_like(text)  # of a text among those of its prefix
-        rank[by_owner] = text - first[owner[by_owner]]
+        shares = _share_out(owner, packing.prefixes, length)
+        text, token = torch.arange(texts, device=device), torch.arange(tokens, device=device)
 
-        token, state = torch.arange(tokens, device=device), torch.arange(length, device=device)
-        of_prefix = rank[:, None] * shared + torch.arange(shared, device=device)
-        self.used = (of_prefix < length)[:, None, :, None].to(packing.text_mask.dtype)
-        of_prefix = of_prefix.clamp(max=max(length - 1, 0))
         to_text = packing.prefix_mask.new_full((length, tokens), -torch.inf)
-        of_states = torch.cat((packing.prefix_mask[0, 0], to_text), dim=1)
-        self.mask = torch.cat((of_states[of_prefix][:, None], packing.text_mask), dim=2)
+        of_state = torch.cat((packing.prefix_mask[0, 0], to_text), dim=1)
+        self.mask = torch.cat((of_state[shares.states][:, None], packing.text_mask), dim=2)
+        self.used = shares.used[:, None, :, None].to(self.mask.dtype)
 
+        # which states' queries and keys each block has
         start = owner[:, None] * length
         own = packing.prefixes * length + text[:, None] * tokens + token
-        queries = torch.cat((start + of_prefix, own), dim=1)
-        keys = torch.cat((start + state, own), dim=1)
+        queries = torch.cat((start + shares.states, own), dim=1)
+        keys = torch.cat((start + torch.arange(length, device=device), own), dim=1)
+        self._queries, self._keys = _by_head(queries, heads), _by_head(keys, key_heads)
         self._query_shape = texts * key_heads, heads // key_heads * queries.shape[1]
         self._key_shape = texts, key_heads, keys.shape[1]
-        self._queries, self._keys = _by_head(queries, heads), _by_head(keys, key_heads)
 
-        # where in its block each state's query is, and each text's key
-        block = by_owner[(first[:, None] + state // max(shared, 1)).clamp(max=texts - 1)]
-        place = (state % max(shared, 1)).expand_as(block)
-        blocks = torch.cat((block.flatten(), text.repeat_interleave(tokens)))
-        places = torch.cat((place.flatten(), (shared + token).repeat(texts)))
-        self._of_queries = _in_blocks(blocks, places, heads, queries.shape[1])
-        own_blocks, own_places = blocks[block.numel() :], (length + token).repeat(texts)
-        self._of_keys = _in_blocks(own_blocks, own_places, key_heads, keys.shape[1])
+        # which block has each state's query, and each text's key
+        own_block = text.repeat_interleave(tokens)
+        block = torch.cat((shares.block.flatten(), own_block))
+        place = torch.cat((shares.place.flatten(), (self.used.shape[2] + token).repeat(texts)))
+        self._of_queries = _in_blocks(block, place, heads, queries.shape[1])
+        own_place = (length + token).repeat(texts)
+        self._of_keys = _in_blocks(own_block, own_place, key_heads, keys.shape[1])
         self._packing, self._heads, self._length = packing, heads, length
 
     def queries(self, states: torch.Tensor) -> torch.Tensor:
@@ -98,6 +92,39 @@ class Blocks:
             sums = self._packing.sum_over_texts(of_block.transpose(1, 2))
             found[: of_prefixes * heads] = sums.view(-1, width)
         return found.view(1, -1, heads, width)
+
+
+class _Shares(NamedTuple):
+    """How texts divide the queries of R prefixes of S states: E for each text.
+
+    Attributes:
+        states: (B, E) of which states of its prefix a text has the queries.
+        used: (B, E) False where no query is left for it.
+        block: (R, S) which text has the query of a state.
+        place: (R, S) at which of the E.
+    """
+
+    states: torch.Tensor
+    used: torch.Tensor
+    block: torch.Tensor
+    place: torch.Tensor
+
+
+def _share_out(owner: torch.Tensor, prefixes: int, length: int) -> _Shares:
+    """Each prefix's queries among the texts that it owns (B,), in their order."""
+    counts = owner.bincount(minlength=prefixes)
+    alone = counts == 0
+    # for a prefix without texts, one more: the last text of all has no query for it then
+    each = -(-length // int(counts[~alone].min())) + (1 if length and alone.any() else 0)
+    texts, first = owner.argsort(stable=True), counts.cumsum(0) - counts
+    rank = torch.empty_like(owner)  # of a text among those of its prefix
+    rank[texts] = torch.arange(len(owner), device=owner.device) - first[owner[texts]]
+    states = rank[:, None] * each + torch.arange(each, device=owner.device)
+    used = states < length
+    state, divisor = torch.arange(length, device=owner.device), max(each, 1)
+    of_texts = torch.where(alone[:, None], len(owner) - 1, first[:, None] + state // divisor)
+    place = torch.where(alone[:, None], each - 1, state % divisor)
+    return _Shares(states.where(used, 0), used, texts[of_texts], place)
 
 
 def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

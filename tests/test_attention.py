@@ -17,7 +17,11 @@ from tests.conftest import tiny_opt
 
 HEADS, KEY_HEADS, WIDTH, SCALING = 4, 2, 3, 0.7
 TEXTS, TOKENS = 5, 4
-OWNERS = {"of_three": torch.tensor([2, 0, 1, 2, 2]), "of_one": None}
+OWNERS = {
+    "of_three": torch.tensor([2, 0, 1, 2, 2]),
+    "of_two_and_none_of_another": torch.tensor([2, 0, 0, 2, 2]),
+    "of_one": None,
+}
 
 
 def packing(owner: torch.Tensor | None, length: int, dtype: torch.dtype) -> Packing:
@@ -60,6 +64,15 @@ def one_by_one(packed: Packing, *inputs: torch.Tensor) -> torch.Tensor:
     return torch.cat([*prefixes, *texts])[None]
 
 
+def wanted(packed: Packing) -> torch.Tensor:
+    """(N, 1, 1) 0 for states of prefixes without texts, else 1."""
+    length = packed.prefix_mask.shape[2]
+    has_texts = torch.ones(1) if packed.owner is None else packed.owner.bincount().clamp(max=1)
+    return torch.cat((has_texts.repeat_interleave(length), torch.ones(TEXTS * TOKENS)))[
+        :, None, None
+    ]
+
+
 def ours(packed: Packing, *inputs: torch.Tensor) -> torch.Tensor:
     """As a layer of Hugging Face's calls it."""
     module = nn.Module()
@@ -75,14 +88,15 @@ def ours(packed: Packing, *inputs: torch.Tensor) -> torch.Tensor:
 def test_prefixes_and_texts_in_one_sequence(
     owner: str, length: int, written_out: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values and gradients are those of each prefix and each text by itself."""
+    """Values and gradients are those of each prefix and each text by itself, but for a prefix
+    without texts, which is of no use to anybody."""
     if not written_out:
         monkeypatch.setattr(attention, "WRITTEN_OUT_ON", set())
     packed = packing(OWNERS[owner], length, torch.float64)
     inputs = states(packed, torch.float64)
     found = []
     for attend in (ours, one_by_one):
-        out = attend(packed, *inputs)
+        out = attend(packed, *inputs) * wanted(packed)
         weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
         found.append([out, *torch.autograd.grad((out * weights).sum(), inputs)])
     for mine, expected in zip(*found, strict=True):

@@ -78,7 +78,7 @@ def model(request: pytest.FixtureRequest, lm: PreTrainedModel) -> AugmentedLM:
 
 @pytest.fixture
 def batch(model: AugmentedLM) -> dict[str, torch.Tensor]:
-    """Seven texts of four lengths about three media, the first two texts being equal."""
+    """Seven texts of four lengths about three of four media, the first two texts being equal."""
     torch.manual_seed(5)
     n = model.trained["connection"].levels
     lengths = [4, 4, 6, 3, 5, 6, 3]
@@ -88,8 +88,8 @@ def batch(model: AugmentedLM) -> dict[str, torch.Tensor]:
     return {
         "input_ids": torch.where(mask.bool(), ids, 1),
         "attention_mask": mask,
-        "features": torch.randn(3, n, 24),
-        "rows": torch.tensor([0, 1, 1, 2, 0, 2, 2]),
+        "features": torch.randn(4, n, 24),
+        "rows": torch.tensor([0, 1, 1, 3, 0, 3, 3]),
     }
 
 
