@@ -1,4 +1,7 @@
-"""Queries and keys of a packed sequence in blocks of one size, for batched matrix products."""
+"""Queries and keys of a packed sequence in blocks of one size, for batched matrix products.
+
+For a CPU: how large blocks are is read off a tensor, for which a GPU would be waited for.
+"""
 
 from functools import lru_cache
 from typing import NamedTuple

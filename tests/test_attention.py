@@ -68,9 +68,8 @@ def wanted(packed: Packing) -> torch.Tensor:
     """(N, 1, 1) 0 for states of prefixes without texts, else 1."""
     length = packed.prefix_mask.shape[2]
     has_texts = torch.ones(1) if packed.owner is None else packed.owner.bincount().clamp(max=1)
-    return torch.cat((has_texts.repeat_interleave(length), torch.ones(TEXTS * TOKENS)))[
-        :, None, None
-    ]
+    of_states = torch.cat((has_texts.repeat_interleave(length), torch.ones(TEXTS * TOKENS)))
+    return of_states[:, None, None]
 
 
 def ours(packed: Packing, *inputs: torch.Tensor) -> torch.Tensor:
