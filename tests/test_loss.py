@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from epalm.config import VariantConfig
 from epalm.model.augmented import AugmentedLM
+from epalm.model.families import family_of
 from epalm.model.relu import lean_relus
 from epalm.train import loss
 from epalm.train.loss import example_losses
@@ -89,6 +90,25 @@ def test_little_is_kept_and_it_is_enough(case: dict[str, Any]) -> None:
     assert formats(kept_by_naive, FFN) == formats(kept_by_naive, VOCABULARY) == {torch.float32}
     assert formats(kept, FFN) == {torch.bool}
     assert not formats(kept, VOCABULARY)
+
+
+# bfloat16: both round the logits' gradient to three digits, but not sums of it in the same places
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+def test_in_pieces_is_as_at_once(dtype: torch.dtype, error: float) -> None:
+    """Losses and the gradient of the states, for more labels than pieces and their parts have."""
+    torch.manual_seed(1)
+    family = family_of(tiny_opt().to(dtype).requires_grad_(False))
+    count = loss._PIECE + loss._ROWS + 1
+    states = torch.randn(count, family.hidden_size).to(dtype).requires_grad_()
+    labels = torch.randint(VOCABULARY, (count,))
+    found = []
+    for losses_of in (loss._InPieces.apply, loss._losses):
+        losses = losses_of(states, labels, family)
+        assert losses.dtype == torch.float32
+        found.append((losses, *torch.autograd.grad(losses.sum(), states)))
+    for mine, expected in zip(*found, strict=True):
+        scale = expected.abs().max()
+        torch.testing.assert_close(mine / scale, expected / scale, atol=error, rtol=0)
 
 
 def test_no_label_no_loss(case: dict[str, Any]) -> None:
