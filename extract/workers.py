@@ -13,6 +13,7 @@ import os
 import queue
 import re
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,9 @@ from epalm.extract.encoder import Preprocess
 
 START_SECONDS = 300.0  # within which a worker must have loaded its libraries
 _SPAWN = multiprocessing.get_context("forkserver")  # threads of ours make a plain fork unsafe
+# a process's exit code can be read once, and to start one reads those of all that ended: of two
+# threads at it, one would be told 255
+_ENDED = threading.Lock()
 
 
 class Task(NamedTuple):
@@ -141,7 +145,7 @@ class _Worker:
 
     def decode(self, task: Task, slot: int) -> Outcome:
         try:
-            if self._ready and not self._process.is_alive():  # killed while it had nothing to do
+            if self._ready and not self._is_alive():  # killed while it had nothing to do
                 self._kill()
                 self._start()
             if not self._ready:
@@ -174,7 +178,8 @@ class _Worker:
     def _start(self) -> None:
         self._connection, theirs = _SPAWN.Pipe()
         self._process = _SPAWN.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
-        self._process.start()
+        with _ENDED:
+            self._process.start()
         theirs.close()
         self._ready = False
 
@@ -186,12 +191,18 @@ class _Worker:
 
     def _kill(self) -> None:
         self._process.kill()
-        self._process.join()
+        with _ENDED:
+            self._process.join()
         self._connection.close()
 
+    def _is_alive(self) -> bool:
+        with _ENDED:
+            return self._process.is_alive()
+
     def _exit_code(self) -> int | None:
-        self._process.join(5)
-        return self._process.exitcode
+        with _ENDED:
+            self._process.join(5)
+            return self._process.exitcode
 
 
 def _serve(
