@@ -42,6 +42,7 @@ from epalm.commands.options import (
     set_option,
 )
 from epalm.errors import EpalmError
+from epalm.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from epalm.evaluate.predict import Predictor
@@ -71,6 +72,7 @@ class Commands(click.Group):
 @click.version_option(package_name="epalm")
 def main() -> None:
     """Teach a frozen language model to perceive: extract features once, train on them often."""
+    keep_freed_memory()
 
 
 @main.command()

@@ -53,6 +53,7 @@ from epalm.device import choose_device
 from epalm.extract import loop
 from epalm.extract.encoder import ENCODERS, Encoder, build, describe
 from epalm.extract.workers import DecodePool, Task, prepare_workers
+from epalm.memory import keep_freed_memory
 
 
 class Plan(NamedTuple):
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--backend", default="zarr")
     options = parser.parse_args()
+    keep_freed_memory()  # as the command line does
     with tempfile.TemporaryDirectory(prefix="epalm-extract-") as name:
         folder = Path(name)
         print(machine.describe(folder, ["torch", "timm", "transformers", "decord", "zarr"]))

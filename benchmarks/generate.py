@@ -34,6 +34,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from epalm.config import VariantConfig
 from epalm.device import choose_device, choose_dtype
+from epalm.memory import keep_freed_memory
 from epalm.model.augmented import AugmentedLM
 
 BATCHES = (1, 8, 32)
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="of the LM, as lm.dtype of a recipe")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
+    keep_freed_memory()  # as the command line does
     device = choose_device(options.device)
     lm = _lm(options.small).to(device, choose_dtype(options.dtype, device))
     torch.manual_seed(0)

@@ -61,6 +61,7 @@ from step_world import MEDIA_SHAPES, VARIANTS, Case, World
 from steps import IN_LOOP, Bound, Steps
 
 from epalm.extract.encoder import build
+from epalm.memory import keep_freed_memory
 
 _ENDING = {"float32": "", "bfloat16": "_bf16"}
 
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="of the LM")
     parser.add_argument("--peak", choices=["naive", "last", "halves"], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    keep_freed_memory()  # as the command line does
     with tempfile.TemporaryDirectory(prefix="epalm-step-") as name:
         if options.peak:
             print(json.dumps(_peak(Path(name), options)))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # each package may import those before it; `top` are the single files beside them
-ORDER = ["errors", "config", "address", "device", "data", "store", "extract", "model", "train",
-         "evaluate", "sweep", "commands", "pipeline"]  # fmt: skip
+ORDER = ["errors", "memory", "config", "address", "device", "data", "store", "extract", "model",
+         "train", "evaluate", "sweep", "commands", "pipeline"]  # fmt: skip
 # the data's way through the house, which never turns back
 SKIPS = {
     "data": {"errors", "config", "address"},
