@@ -18,7 +18,7 @@ def keep_freed_memory(most: int = 1 << 30, largest: int = 64 << 20) -> None:
     Args:
         most: bytes that are kept.
         largest: of one tensor, in bytes. The larger it is, the more memory lies in pieces too small
-            to be used: up to this, peaks were found to be what they were; at 1 GiB a quarter higher.
+            to be used: up to this, peaks were found to be what they were; at 1 GiB a quarter more.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

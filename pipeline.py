@@ -53,6 +53,7 @@ class Commands(click.Group):
     """Turns our own and the system's errors into one message and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        without = " without --overwrite" if "--overwrite" in ctx.args else ""
         try:
             return super().invoke(ctx)
         except EpalmError as error:
@@ -64,7 +65,9 @@ class Commands(click.Group):
             click.echo(f"error: {error}; what is written stays", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("interrupted; what is written stays, the same command goes on", err=True)
+            click.echo(
+                f"interrupted; what is written stays, the same command{without} goes on", err=True
+            )
             ctx.exit(130)
 
 
@@ -190,16 +193,10 @@ def predict(
 def run(recipe: Path, overrides: tuple[str, ...], overwrite: bool, max_steps: int | None) -> None:
     """Extract, train and evaluate."""
     from epalm.config import load_recipe
-    from epalm.data.sources import load_sources
-    from epalm.evaluate.scores import evaluation_examples, evaluation_metrics
-    from epalm.train.check import check_training
     from epalm.train.run import Run
 
     loaded = load_recipe(recipe, overrides)
-    dataset = load_sources(loaded)
-    check_training(loaded, dataset)  # before hours are spent
-    evaluation_examples(loaded, dataset)
-    evaluation_metrics(loaded, dataset)
+    stages.check(loaded)
     Run.planned(loaded, overwrite)
     stages.join(loaded)
     stages.extract(loaded)
@@ -213,9 +210,15 @@ def show(folder: Path) -> None:
     """Print the table of a run's scores."""
     from epalm.evaluate.scores_file import read_scores
     from epalm.evaluate.table import format_table
+    from epalm.train.progress import read_progress
     from epalm.train.run import Run
 
-    click.echo(format_table(read_scores(Run.open(folder, trained=False))))
+    run = Run.open(folder, trained=False)
+    scores = read_scores(run)
+    click.echo(format_table(scores))
+    steps = {read_progress(path).step for path in (run.last, run.best) if path.is_file()}
+    if steps and scores.get("step") not in {None, *steps}:
+        click.echo(f"of step {scores['step']}, and trained on since: run `evaluate {folder}` again")
 
 
 @main.command()
@@ -262,13 +265,19 @@ def sweep(file: Path, together: int, overrides: tuple[str, ...]) -> None:
     from epalm.evaluate.compare import compare, is_scored
     from epalm.evaluate.scores_file import read_scores
     from epalm.sweep import load_sweep
-    from epalm.train.run import Run
+    from epalm.train.guard import NotFiniteError
+    from epalm.train.run import BusyError, Run
     from epalm.train.together import groups
 
     runs = load_sweep(file, overrides)
     accelerator = stages.join(runs[0].recipe)
-    create = Run.create if accelerator.is_main_process else Run.of
-    targets = [create(planned.recipe) for planned in runs]
+    for planned in runs:
+        if planned.seed == runs[0].seed:  # the others differ in nothing that is checked
+            stages.check(planned.recipe)
+    targets = [Run.of(planned.recipe) for planned in runs]
+    if accelerator.is_main_process:
+        for run in targets:
+            Run.create(run.recipe, remedy="change the sweep's `name`, or delete that folder")
     accelerator.wait_for_everyone()
     left = [number for number, run in enumerate(targets) if not is_scored(run)]
     click.echo(f"{len(runs)} runs, {len(runs) - len(left)} of them done")
@@ -277,10 +286,22 @@ def sweep(file: Path, together: int, overrides: tuple[str, ...]) -> None:
         for run in chosen:
             click.echo(f"{1 + targets.index(run)} of {len(runs)}: {run.folder}")
             stages.extract(run.recipe)
-        stages.train_and_evaluate([run.recipe for run in chosen])
+        try:
+            stages.train_and_evaluate([run.recipe for run in chosen])
+        except (NotFiniteError, BusyError) as error:
+            if accelerator.num_processes > 1:  # the others may wait for this one
+                raise
+            click.echo(f"error: {error}", err=True)
     if accelerator.is_main_process:  # the others have nobody's scores
-        done = [(r.labels, read_scores(Run.of(r.recipe))) for r in runs]
-        click.echo(compare(done))
+        pairs = zip(runs, targets, strict=True)
+        done = [(planned.labels, read_scores(run)) for planned, run in pairs if is_scored(run)]
+        if done:
+            click.echo(compare(done))
+        if len(done) < len(runs):
+            raise EpalmError(
+                f"{len(runs) - len(done)} of the {len(runs)} runs are not in the table, for what "
+                "is said above; the same command tries them again"
+            )
 
 
 @main.command("compare")

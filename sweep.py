@@ -63,7 +63,8 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> list[SweepRun]:
         overrides: as in `load_recipe`; they count in all runs, before the axes.
 
     Raises:
-        EpalmError: not a sweep, one of its recipes is none, or two of its runs have one name.
+        EpalmError: not a sweep, one of its recipes is none, two of its runs have one name, or a
+            name or seed is set, which a sweep gives its runs itself.
     """
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -77,6 +78,7 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> list[SweepRun]:
     except ValidationError as error:
         lines = [f"  {line}" for line in describe_mistakes(error, Sweep)]
         raise EpalmError("\n".join([f"{path}: not a sweep", *lines])) from None
+    _check_own(path, sweep, overrides)
     runs: dict[str, SweepRun] = {}
     for seed in sweep.seeds:
         for values in itertools.product(*sweep.axes.values()):
@@ -93,6 +95,17 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> list[SweepRun]:
             recipe = load_recipe(path.parent / sweep.base, tuple(changed))
             runs[name] = SweepRun(labels, seed, recipe)
     return list(runs.values())
+
+
+def _check_own(path: Path, sweep: Sweep, overrides: tuple[str, ...]) -> None:
+    given = {override.split("=", 1)[0].strip() for override in overrides}
+    given.update(sweep.set, *(fields for axis in sweep.axes.values() for fields in axis.values()))
+    for field, own in (("name", "name"), ("seed", "seeds")):
+        if field in given:
+            raise EpalmError(
+                f"{path}: {field} cannot be set, a sweep gives each run its own; change `{own}` in "
+                "the file"
+            )
 
 
 def _is_recipe(tree: dict[str, Any]) -> bool:

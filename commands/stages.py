@@ -1,6 +1,6 @@
 """The stages of a run as commands take them, and what they say of them."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,22 @@ if TYPE_CHECKING:
     from epalm.train.loop import Training
     from epalm.train.parts import Parts
     from epalm.train.run import Run
+
+
+def check(recipe: "Recipe") -> None:
+    """What would stop a later stage, before hours are spent.
+
+    Raises:
+        EpalmError: something would.
+    """
+    from epalm.data.sources import load_sources
+    from epalm.evaluate.scores import evaluation_examples, evaluation_metrics
+    from epalm.train.check import check_training
+
+    dataset = load_sources(recipe)
+    check_training(recipe, dataset)
+    evaluation_examples(recipe, dataset)
+    evaluation_metrics(recipe, dataset)
 
 
 def extract(recipe: "Recipe", retry_failed: bool = False, planned_only: bool = False) -> None:
@@ -69,29 +85,59 @@ def train(recipe: "Recipe", overwrite: bool, max_steps: int | None) -> tuple["Ru
     from epalm.train.loop import train as fit
     from epalm.train.parts import assemble
 
-    with _writing(recipe):
+    with _writing(recipe), _alone([recipe]):
         training = _training(assemble(recipe), overwrite, max_steps)
         fit(training)
     _say_trained(training)
     return training.run, training.parts
 
 
-def _train_together(recipes: "list[Recipe]") -> "list[tuple[Run, Parts]]":
+def _train_together(recipes: "list[Recipe]") -> "tuple[list[tuple[Run, Parts]], list[str]]":
+    """Those that were trained, and what is wrong with the others."""
     from epalm.train.together import assemble_together, train_together
 
-    with _writing(recipes[0]):
+    with _writing(recipes[0]), _alone(recipes):
         trainings = [_training(parts, False, None) for parts in assemble_together(recipes)]
-        train_together(trainings)
-    for training in trainings:
+        stopped = train_together(trainings)
+    trained = [training for training in trainings if training not in stopped]
+    for training in trained:
         _say_trained(training)
-    return [(training.run, training.parts) for training in trainings]
+    return [(each.run, each.parts) for each in trained], [*map(str, stopped.values())]
 
 
 def train_and_evaluate(recipes: "list[Recipe]") -> None:
-    """Runs that train together, or one; their models are let go before the next are loaded."""
-    alone = len(recipes) == 1
-    for trained in [train(recipes[0], False, None)] if alone else _train_together(recipes):
-        evaluate(*trained, trained[0].weights("best"))
+    """Runs that train together, or one; their models are let go before the next are loaded.
+
+    Raises:
+        NotFiniteError: some are not finite any more; the others have been evaluated.
+    """
+    from epalm.train.guard import NotFiniteError
+
+    wrong: list[str] = []
+    if len(recipes) == 1:
+        trained = [train(recipes[0], False, None)]
+    else:
+        trained, wrong = _train_together(recipes)
+    for run, parts in trained:
+        evaluate(run, parts, run.weights("best"))
+    if wrong:
+        raise NotFiniteError("\n".join(wrong))
+
+
+@contextmanager
+def _alone(recipes: "list[Recipe]") -> "Iterator[None]":
+    """Within it, no others train the recipes' runs; of several processes, the main one sees to it.
+
+    Raises:
+        BusyError: others do.
+    """
+    from epalm.train.run import Run
+
+    with ExitStack() as stack:
+        if join(recipes[0]).is_main_process:
+            for recipe in recipes:
+                stack.enter_context(Run.of(recipe).alone())
+        yield
 
 
 @contextmanager
@@ -149,9 +195,9 @@ def evaluate(
     from epalm.store.atomic import writing_into
     from epalm.train.checkpoint import load_weights
 
-    load_weights(weights, parts.model)
+    progress = load_weights(weights, parts.model)
     with writing_into(run.folder, "run folder"):
-        scores = score(run, parts)
+        scores = score(run, parts, progress.step)
         if not parts.accelerator.is_main_process:
             return
         said = remarks(scores) if remarks else []

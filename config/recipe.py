@@ -80,6 +80,11 @@ class Recipe(Section):
         ):
             if getattr(self.train, rate) is not None and not trained:
                 raise ValueError(f"train.{rate}: leave it out, or set {switch} to true")
+            if trained and self.train.schedule == "official-caption":
+                raise ValueError(
+                    "train.schedule: official-caption has one peak for all that is trained; with "
+                    f"{switch} set it to official or cosine"
+                )
         return self
 
     @model_validator(mode="after")

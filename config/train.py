@@ -1,10 +1,12 @@
 """`train`: optimisation on features."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from epalm.config.section import Fraction, Positive, Section
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Section):
@@ -51,7 +53,7 @@ class TrainConfig(Section):
         None, gt=0, description="of the encoder's own weights where they are trained; default: lr"
     )
     weight_decay: float = Field(0.02, ge=0)
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm; None: no limit")
     loss: Literal["answer", "all"] = Field(
         "answer",
@@ -83,6 +85,8 @@ class TrainConfig(Section):
             )
         if (self.schedule == "cosine") != (self.epochs is None):
             raise ValueError("epochs belongs to the official schedules, and they need it")
+        if self.schedule != "cosine" and self.warmup != type(self).model_fields["warmup"].default:
+            raise ValueError("warmup is of the cosine schedule; the official ones have 400 steps")
         if self.patience is not None and self.val_every is None:
             raise ValueError("patience counts validations; set val_every too")
         return self

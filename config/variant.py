@@ -26,6 +26,15 @@ class AdapterConfig(Section):
     )
     layer_norm: bool = Field(False, description="LayerNorm before the adapter's first layer")
 
+    @model_validator(mode="after")
+    def _are_there(self) -> "AdapterConfig":
+        if self.reduction:
+            return self
+        for name, field in type(self).model_fields.items():
+            if getattr(self, name) != field.default:
+                raise ValueError(f"{name} is of adapters, and reduction 0 has none; set reduction")
+        return self
+
 
 class VariantConfig(Section):
     """What is trained, and where it enters the LM (paper 3.1, appendix B)."""

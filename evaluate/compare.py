@@ -6,14 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from epalm.evaluate.scores_file import read_scores
+from epalm.train.progress import read_progress
 from epalm.train.run import Run
 
 
 def is_scored(run: Run) -> bool:
-    """It has been evaluated as its recipe says now."""
-    if not run.scores.is_file():
+    """Its training is over, and its best weights have been evaluated as its recipe says now."""
+    if not (run.scores.is_file() and run.last.is_file()):
         return False
-    return read_scores(run).get("evaluate") == run.recipe.evaluate.model_dump(mode="json")
+    scores, recipe = read_scores(run), run.recipe
+    return (
+        read_progress(run.last).is_over(recipe.train)
+        and scores.get("step") == read_progress(run.weights("best")).step
+        and scores.get("evaluate") == recipe.evaluate.model_dump(mode="json")
+        and scores.get("decode") == recipe.decode.model_dump(mode="json")
+    )
 
 
 def named(runs: Sequence[Run]) -> list[str]:

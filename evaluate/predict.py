@@ -145,8 +145,8 @@ class Predictor:
         assert self.model.codec is not None
         streamer = AnswerStreamer(self.model.codec, write)
         generate_texts(
-            self.model, self.model.codec, [prompt], self._shown(features), [0], self.decode,
-            streamer=streamer,
+            self.model, self.model.codec, [prompt], self._shown(features), [0],
+            self.decode.model_copy(update={"num_beams": 1}), streamer=streamer,
         )  # fmt: skip
 
     def ask(

@@ -24,8 +24,11 @@ from epalm.train.parts import Parts
 from epalm.train.run import Run
 
 
-def evaluate(run: Run, parts: Parts) -> dict[str, Any]:
+def evaluate(run: Run, parts: Parts, step: int | None = None) -> dict[str, Any]:
     """Score the model that `parts` holds, and write predictions and scores into the run folder.
+
+    Args:
+        step: of the training, that the model's weights are of; None: unknown.
 
     Raises:
         EpalmError: the dataset has no examples of the split, or a metric cannot be computed.
@@ -65,6 +68,7 @@ def evaluate(run: Run, parts: Parts) -> dict[str, Any]:
         scores["majority_accuracy_by_type"] = accuracy_by_type(majority, examples)
     scores["trained_parameters"] = parts.trained_parameters
     scores["total_parameters"] = parts.total_parameters
+    scores["step"] = step
     scores["decode"] = run.recipe.decode.model_dump()
     scores["evaluate"] = config.model_dump(mode="json")
     stages = {k: v for k, v in run.stages().items() if config.control or k != "control"}

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from epalm.model import written_out
+from epalm.model.in_use import in_use
 from epalm.model.packing import Packing
 
 WRITTEN_OUT_ON = {"cpu"}
@@ -23,12 +24,13 @@ _NAME = "epalm"
 @contextmanager
 def own_attention(lm: PreTrainedModel) -> Iterator[None]:
     """Within it, the LM's layers attend as this module says."""
-    before = lm.config._attn_implementation
-    lm.config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        lm.config._attn_implementation = before
+    with in_use(lm):
+        before = lm.config._attn_implementation
+        lm.config._attn_implementation = _NAME
+        try:
+            yield
+        finally:
+            lm.config._attn_implementation = before
 
 
 def _attention(

@@ -35,6 +35,7 @@ from epalm.model.prefix import Prefix
 from epalm.model.pretrained import PretrainedMixin
 from epalm.model.room import Room
 from epalm.model.soft_prompt import SoftPrompt
+from epalm.model.spread import return_outputs
 from epalm.model.text import Equal
 from epalm.model.variant import make_adapters, make_connection, make_prompt, trains_lm
 
@@ -63,6 +64,7 @@ class AugmentedLM(PretrainedMixin, nn.Module):
         reference_mask: bool = False,
     ):
         super().__init__()
+        return_outputs(lm)
         self.lm = lm.eval().requires_grad_(train_lm)
         self.family = family_of(lm)
         self.plan = plan

@@ -9,8 +9,9 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from epalm.device import send
 from epalm.model.cache import PrefixCache
-from epalm.model.connection import Features, tokens_of
+from epalm.model.connection import Features, to_device, tokens_of
 from epalm.model.room import Wanted
 from epalm.model.text import Equal
 
@@ -81,10 +82,12 @@ class Generator(GenerationMixin):
     ) -> Any:
         """See `AugmentedLM.generate`."""
         model = self.model
+        input_ids, features = send(input_ids, model.device), to_device(features, model.device)
         if rows is None:
-            rows = torch.arange(len(input_ids), device=input_ids.device)
+            rows = torch.arange(len(input_ids))
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        rows, attention_mask = (send(t, model.device) for t in (rows, attention_mask))
         wanted = Wanted.of(options, self.generation_config, input_ids.shape[1])
         room = model.room(tokens_of(features))
         room.check_generation(int(attention_mask.sum(dim=1).max()), wanted.new_tokens)

@@ -22,7 +22,7 @@ from epalm.address import cache_dir, digest, resolve
 from epalm.config import LMConfig, TextConfig
 from epalm.device import choose_dtype
 from epalm.errors import EpalmError, first_line
-from epalm.model.spread import check_room, return_outputs
+from epalm.model.spread import check_room
 
 
 def load_lm(config: LMConfig, device: torch.device, trained: bool = False) -> PreTrainedModel:
@@ -46,7 +46,6 @@ def load_lm(config: LMConfig, device: torch.device, trained: bool = False) -> Pr
     if config.device_map is None:
         return lm.to(device).eval()
     check_room(lm)
-    return_outputs(lm)
     return lm.eval()
 
 
@@ -104,12 +103,16 @@ def lm_without_weights(address: str) -> PreTrainedModel:
 
 
 def lm_digest(address: str) -> str:
-    """SHA-256 over the LM's configuration and weights; EpalmError when they cannot be had."""
+    """SHA-256 over the LM's configuration and weights, of those files that would be loaded.
+
+    Raises:
+        EpalmError: they cannot be had.
+    """
     found = resolve(address)
     if found.is_file():
         return digest(found)
-    patterns = ("config.json", "*.safetensors", "*.bin")
-    files = sorted(path for pattern in patterns for path in found.glob(pattern))
+    weights = sorted(found.glob("*.safetensors")) or sorted(found.glob("*.bin"))
+    files = [*found.glob("config.json"), *weights]
     return hashlib.sha256("".join(map(digest, files)).encode()).hexdigest()
 
 

@@ -28,7 +28,8 @@ def joint_mask(prompt: int, text: torch.Tensor, tokens: int, token_sees_all: boo
     """Mask of the whole sequence run at once: (B, 1, S, S), S = tokens + prompt + T.
 
     `token_sees_all` is the reference's mask: the perceptual tokens, which come first, see
-    everything, pads and later text included (convention 7, bug 2).
+    everything, later text and the pads after it included (convention 7, bug 2). Pads on the left,
+    which the reference never has, they do not see: no text depends on its batch.
     """
     rows = text.shape[0]
     before = tokens + prompt
@@ -37,7 +38,9 @@ def joint_mask(prompt: int, text: torch.Tensor, tokens: int, token_sees_all: boo
     seen = prefix_mask(size, text.device)[0] & keys[:, None, :]
     seen = _see_something(seen, 0)
     if token_sees_all:
-        seen[:, :tokens, :] = True
+        begun = text.cumsum(dim=1) > 0
+        seen[:, :tokens, before:] = begun[:, None, :]
+        seen[:, :tokens, :before] = True
     return seen[:, None]
 
 

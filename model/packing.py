@@ -1,6 +1,6 @@
 """Prefixes and the texts after them in one sequence, so that a layer is called once for both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,15 @@ class Packing:
     owner: torch.Tensor | None
     prefix_mask: torch.Tensor
     text_mask: torch.Tensor
+
+    def to(self, device: torch.device | int | str) -> "Packing":
+        """On another device; accelerate calls it where the LM is spread over several."""
+        text_mask = self.text_mask.to(device)
+        if text_mask is self.text_mask:
+            return self
+        owner = None if self.owner is None else self.owner.to(device)
+        prefix_mask = self.prefix_mask.to(device)
+        return replace(self, owner=owner, prefix_mask=prefix_mask, text_mask=text_mask)
 
     def join(self, prefix: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """(R, S, …) and (B, T, …) to (1, N, …)."""

@@ -248,7 +248,8 @@ class PretrainedMixin:
             folder: made by `save_pretrained` or `epalm export`, or its hub address (hf:ORG/NAME).
             lm: the LM where it is loaded already (it stays on its device, and a variant that trains
                 the LM overwrites its weights), or another address of it; default: the recorded one.
-            device: as in recipes.
+            device: as in recipes; a named one holds the LM alone, though it was spread over several
+                in training.
             encoder: takes the encoder's weights, where it was trained too.
 
         Raises:
@@ -270,7 +271,9 @@ class PretrainedMixin:
         else:
             _check_shape(place, origin, load_lm_config(origin.lm.weights))
             _check_digest(place, origin)
-            loaded = load_lm(origin.lm, choose_device(device), origin.variant.train_lm)
+            spread = origin.lm.device_map if device == "auto" else None
+            config = origin.lm.model_copy(update={"device_map": spread})
+            loaded = load_lm(config, choose_device(device), origin.variant.train_lm)
         model: Self = cls.from_config(loaded, origin.variant, *origin.sizes)
         if encoder is not None:
             model.trained["encoder"] = encoder

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from epalm.model.in_use import in_use
+
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -40,10 +42,11 @@ def lean_relus(lm: nn.Module) -> Iterator[None]:
     They work in place, for nothing else reads what the linear layer before them gives.
     """
     relus = [module for module in lm.modules() if isinstance(module, nn.ReLU)]
-    for relu in relus:
-        relu.forward = _relu
-    try:
-        yield
-    finally:
+    with in_use(lm):
         for relu in relus:
-            del relu.forward
+            relu.forward = _relu
+        try:
+            yield
+        finally:
+            for relu in relus:
+                del relu.forward

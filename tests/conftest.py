@@ -25,9 +25,9 @@ from epalm.data import load_dataset
 from epalm.extract.loop import extract
 from epalm.pipeline import main
 from epalm.train.batches import TrainingBatches
-from epalm.train.checkpoint import Progress
 from epalm.train.loop import Training, Validate, train
 from epalm.train.parts import Parts, assemble
+from epalm.train.progress import Progress
 from epalm.train.run import Run
 
 EASY_VQA = "wheel:easy-vqa==1.0"

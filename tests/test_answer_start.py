@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,15 @@ def test_it_is_the_same_whenever_a_training_begins(cli: Cli, toy: Toy, tmp_path:
     assert all(torch.equal(other[name], value) for name, value in one.items())
     scores = json.loads((tmp_path / "runs" / "cut" / "scores.json").read_text())
     assert scores["seconds"].keys() >= {"extract", "start", "train"}
+
+
+def test_of_ten_answers_one_may_be_empty(prepare: Prepare) -> None:
+    parts = prepare()
+    examples = [
+        replace(e, references=("", " ", *e.references, "no")) for e in parts.dataset.split("train")
+    ]
+    start_from_answers(parts, examples)
+    assert all(p.isfinite().all() for p in parts.model.trained["connection"].parameters())
 
 
 def test_where_it_cannot_be(prepare: Prepare, toy: Toy) -> None:

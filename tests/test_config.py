@@ -58,6 +58,16 @@ def test_every_field_is_documented_or_plain() -> None:
         ("batch_size=8", ["batch_size", "encoder.batch_size or train.batch_size or decode."]),
         ("train.prompt_length=8", ["did you mean variant.prompt_length?"]),
         ("train=8", ["train: is a section"]),
+        ("train.betas=[0.9, 1.0]", ["train.betas", "less than 1"]),
+        (
+            "train={steps: 9, schedule: official, epochs: 3, warmup: 0.2}",
+            ["train", "warmup is of the cosine schedule"],
+        ),
+        (
+            "variant.feed_forward_adapters={placement: parallel}",
+            ["placement is of adapters, and reduction 0 has none"],
+        ),
+        ("variant.attention_adapters.start=3", ["start is of adapters"]),
         ("train.patience=yes", ["train: patience is no switch; it cannot be true"]),
         ("train.lm_lr=1", ["train.lm_lr: leave it out, or set variant.train_lm to true"]),
         ("train.encoder_lr=1", ["train.encoder_lr: leave it out, or set encoder.train to true"]),

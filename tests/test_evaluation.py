@@ -18,8 +18,9 @@ from epalm.evaluate.generation import generate_answers
 from epalm.evaluate.order import evaluation_batches
 from epalm.evaluate.partial import PartialAnswers, binding_of
 from epalm.evaluate.scores import evaluate
-from epalm.train.checkpoint import Progress, save_weights
+from epalm.train.checkpoint import save_weights
 from epalm.train.parts import Parts
+from epalm.train.progress import Progress
 from epalm.train.run import Run
 from tests.test_cli import refused
 

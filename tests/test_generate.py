@@ -1,6 +1,7 @@
 """`generate` as people know it from Hugging Face, on one small random LM of each kind."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from click.testing import Result
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from epalm.config import DecodeConfig, TextConfig
+from epalm.config.variant import AdapterConfig
 from epalm.errors import EpalmError
 from epalm.evaluate.generation import generate_texts, generation_options
 from epalm.model.augmented import AugmentedLM
 from epalm.model.text import TextCodec
+from epalm.train.loss import example_losses
 from tests.conftest import tiny_opt
 from tests.test_augmented import FLOAT, LMS, VARIANTS, alone, tiny_lm
 from tests.test_cli import refused
@@ -239,3 +242,34 @@ def test_text_without_room_is_refused_before_anything_starts(
     data.write_text(text.replace('"prompt": "', '"prompt": "' + "Z" * 70))
     refused(cli("train", recipe), "decode.max_new_tokens: 3 after a prompt of")
     assert not (tmp_path / "runs").exists()
+
+
+def test_threads_take_turns() -> None:
+    """What a web server does, with adapters that hang on the one LM that all threads use."""
+    lm = tiny_opt()
+    adapters = AdapterConfig(reduction=8)
+    variant = VARIANTS["epalm"].model_copy(update={"feed_forward_adapters": adapters})
+    model = AugmentedLM.from_config(lm, variant, encoder_layers=4, encoder_dim=24)
+    before = lm.config._attn_implementation
+    generator = torch.Generator().manual_seed(1)
+    asked = [
+        (torch.randint(3, 384, (2, 5), generator=generator), torch.randn(2, 3, 24))
+        for _ in range(6)
+    ]
+
+    def answer(question: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        ids, features = question
+        return model.states(ids, torch.ones_like(ids), features).detach()
+
+    def loss(question: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        ids, features = question
+        return example_losses(model, ids, torch.ones_like(ids), ids, features)[0].detach()
+
+    for ask in (answer, loss):
+        alone = [ask(question) for question in asked]
+        with ThreadPoolExecutor(6) as pool:
+            for _ in range(5):
+                for one, other in zip(alone, pool.map(ask, asked), strict=True):
+                    torch.testing.assert_close(one, other, **FLOAT)
+    assert lm.config._attn_implementation == before
+    assert not any(module._forward_hooks for module in lm.modules())

@@ -196,14 +196,15 @@ def test_greedy_generation(case: Case) -> None:
     assert torch.equal(found, case["gen_greedy_ids"])
 
 
-def test_left_padding_gives_the_unpadded_answer(case: Case) -> None:
+@pytest.mark.parametrize("reference", [True, False])
+def test_left_padding_gives_the_unpadded_answer(case: Case, reference: bool) -> None:
     """What the official right padding breaks (bug 1): a row answers as it does alone."""
     real = case["genpad_attention_mask"][1].bool()
     row = case["genpad_input_ids"][1][real]
     ids = torch.nn.functional.pad(row, (len(real) - len(row), 0), value=1)
     batch = torch.stack((case["gen_input_ids"][0], ids))
     mask = torch.stack((torch.ones_like(real), real.sort().values)).long()
-    case.model.reference_mask = False  # with the reference's, pads reach the text through [CLS]
+    case.model.reference_mask = reference
     features = case.features("gen_raw_cls")
     options = {"do_sample": False, "max_new_tokens": 8}
     together = case.model.generate(batch, mask, features, **options)

@@ -193,6 +193,8 @@ def test_notes_say_where_the_recipe_departs(official: Callable[[str], Official],
          ["attention_adapters.reduction: 8 in the checkpoint, 4 in the recipe"]),
         ("adapters_pre", "variant.feed_forward_adapters.placement=parallel",
          ["placement: 'sequential' in the checkpoint, 'parallel'"]),
+        ("tstep2_pre", "variant.levels={2: 0, 4: 1, 6: 2}",
+         ["variant.levels: encoder layers [3, 4, 5] in the checkpoint", "of 6; [0, 1, 2] in"]),
         ("short_pre", "seed=1", ["only 2 of the 3 encoder layers would ever be used"]),
     ],
 )  # fmt: skip

@@ -13,8 +13,9 @@ from epalm.errors import EpalmError
 from epalm.evaluate.predict import Predictor
 from epalm.evaluate.predict_inputs import Asked, asked
 from epalm.evaluate.stream import AnswerStreamer
-from epalm.train.checkpoint import Progress, save_weights
+from epalm.train.checkpoint import save_weights
 from epalm.train.parts import Parts
+from epalm.train.progress import Progress
 from epalm.train.run import Run
 from tests.test_cli import refused
 
@@ -39,7 +40,7 @@ def predictor(run: Run) -> Predictor:
 
 
 def test_a_streamed_answer_is_the_answer(predictor: Predictor, tmp_path: Path) -> None:
-    """Greedy; and drawn hot, so that there are many words."""
+    """Greedy, though the recipe has beams; and drawn hot, so that there are many words."""
     features = predictor.encode([tmp_path / "images" / "0.png"])
     hot = {"do_sample": True, "temperature": 9.0, "max_new_tokens": 40}
     for update in ({}, hot, hot | {"seed": 1}):
@@ -48,6 +49,12 @@ def test_a_streamed_answer_is_the_answer(predictor: Predictor, tmp_path: Path) -
         predictor.stream(features, "what shape?", words.append)
         assert "".join(words) == predictor.ask(features, ["what shape?"])[0]
     assert len(words) > 1
+    greedy = predictor.decode.model_copy(update={"do_sample": False})
+    answers = []
+    for beams in (1, 3):
+        predictor.decode = greedy.model_copy(update={"num_beams": beams})
+        predictor.stream(features, "what shape?", answers.append)
+    assert answers[: len(answers) // 2] == answers[len(answers) // 2 :]
 
 
 def test_white_space_around_an_answer_is_not_streamed(predictor: Predictor) -> None:

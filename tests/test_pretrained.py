@@ -25,7 +25,7 @@ from epalm.config import (
 from epalm.errors import EpalmError
 from epalm.evaluate.predict import Predictor
 from epalm.model.augmented import AugmentedLM
-from epalm.model.load import load_lm, load_tokenizer
+from epalm.model.load import lm_digest, load_lm, load_tokenizer
 from epalm.model.pretrained import CONFIG, WEIGHTS, AugmentedConfig
 from epalm.model.text import TextCodec
 from epalm.train.run import Run
@@ -117,6 +117,24 @@ def test_the_frozen_lm_is_not_saved(saved: Path) -> None:
     assert config["lm_identity"].keys() == {"model_type", "layers", "width", "digest"}
     assert config["features"]["dim"] == 24 and config["fingerprint"] == "0123456789abcdef"
     assert config["text"]["template"] == "Q: {prompt} A:"
+
+
+def test_the_digest_is_of_the_weights_that_are_loaded(saved: Path, tmp_path: Path) -> None:
+    """A hub's snapshot may hold them in an older format too."""
+    before = lm_digest(str(tmp_path / "lm"))
+    (tmp_path / "lm" / "pytorch_model.bin").write_bytes(b"an older format")
+    assert lm_digest(str(tmp_path / "lm")) == before
+    AugmentedLM.from_pretrained(saved)
+    (tmp_path / "lm" / "model.safetensors").unlink()
+    assert lm_digest(str(tmp_path / "lm")) != before
+
+
+def test_on_one_device_though_it_was_spread(saved: Path) -> None:
+    file = saved / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "lm": {**config["lm"], "device_map": "auto"}}))
+    assert hasattr(AugmentedLM.from_pretrained(saved).lm, "hf_device_map")
+    assert not hasattr(AugmentedLM.from_pretrained(saved, device="cpu").lm, "hf_device_map")
 
 
 def test_saved_again_it_is_the_same(saved: Path, tmp_path: Path) -> None:

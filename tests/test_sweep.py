@@ -4,11 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
+from epalm.config import dump_recipe, load_recipe
 from epalm.errors import EpalmError
 from epalm.evaluate.compare import compare
+from epalm.evaluate.scores_file import read_scores
 from epalm.sweep import load_sweep
+from epalm.train.run import Run
+from tests.test_cli import refused
 
 SWEEPS = sorted((Path(__file__).parents[1] / "recipes" / "sweeps").glob("*.yaml"))
 
@@ -58,6 +64,8 @@ def test_every_combination_seed_by_seed(toy: Callable[..., Path]) -> None:
         ({"axes": {"a": {"b": 3}}}, r"axes\.a\.b: "),
         ({"axes": {"a": {}}}, r"axes\.a: "),
         ({"seeds": [3, 4, 3], "axes": {}}, "two runs are called s-3"),
+        ({"set": {"seed": 5}}, "seed cannot be set, a sweep gives each run its own; .*`seeds`"),
+        ({"axes": {"a": {"x": {"name": "y"}}}}, "name cannot be set"),
         ({"axes": {"a": {"x": {}, "x-y": {}}, "b": {"y-z": {}, "z": {}}}}, "called s-x-y-z-3"),
     ],
 )
@@ -100,6 +108,85 @@ def test_a_sweep_runs_resumes_and_compares(
     assert scores.stat().st_mtime_ns == before
     both = cli("compare", scores.parent, tmp_path / "runs" / "s-lin-3")
     assert [line.split()[0] for line in both.output.splitlines()] == ["run", "s-pt-4", "s-lin-3"]
+
+
+def test_overrides_take_no_names(toy: Callable[..., Path], cli: Callable) -> None:
+    path = write(toy().with_name("sweep.yaml"))
+    refused(cli("sweep", path, "--set", "name=x"), "name cannot be set", "change `name` in")
+
+
+def test_a_sweep_is_checked_before_it_begins(
+    toy: Callable[..., Path], cli: Callable, tmp_path: Path
+) -> None:
+    axes = {"start": {"low": {"variant.inject_start": 2}, "high": {"variant.inject_start": 90}}}
+    refused(cli("sweep", write(toy().with_name("sweep.yaml"), axes=axes)), "variant.inject_start")
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "features").exists()
+
+
+def test_half_a_training_and_another_decoding_are_not_done(
+    toy: Callable[..., Path], cli: Callable, tmp_path: Path
+) -> None:
+    path = write(toy().with_name("sweep.yaml"), axes={}, seeds=[3])
+    (run,) = load_sweep(path)
+    folder = tmp_path / "runs" / "s-3"
+    cut = tmp_path / "cut.yaml"
+    cut.write_text(dump_recipe(run.recipe))
+    assert cli("run", cut, "--max-steps", 1).exit_code == 0
+    assert "1 runs, 0 of them done" in cli("sweep", path).output
+    assert "1 runs, 1 of them done" in cli("sweep", path).output
+    assert cli("evaluate", folder, "--set", "decode.num_beams=2").exit_code == 0
+    assert "1 runs, 0 of them done" in cli("sweep", path).output
+    assert read_scores(Run.open(folder))["step"] == 2
+
+
+def test_show_says_that_a_run_was_trained_on(
+    toy: Callable[..., Path], cli: Callable, tmp_path: Path
+) -> None:
+    recipe, folder = toy(train={"steps": 2}), tmp_path / "runs" / "toy"
+    assert cli("run", recipe, "--max-steps", 1).exit_code == 0
+    assert "trained on since" not in cli("show", folder).output
+    assert cli("train", recipe).exit_code == 0
+    assert f"of step 1, and trained on since: run `evaluate {folder}`" in cli("show", folder).output
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_one_run_that_diverges_leaves_the_others(
+    toy: Callable[..., Path], cli: Callable, tmp_path: Path, together: int
+) -> None:
+    """The same command tries it again, and the others are as they would be without it."""
+    rates = {"mad": {"train.lr": 1e38}, "low": {"train.lr": 1e-4}, "high": {"train.lr": 1e-2}}
+    axes = {"lr": {name: {**own, "train.steps": 4} for name, own in rates.items()}}
+    path = write(toy().with_name("sweep.yaml"), axes=axes, seeds=[3])
+    for _ in range(2):
+        done = cli("sweep", path, "--together", together)
+        assert "s-mad-3: the loss is" in done.output and "not-finite-" in done.output
+        refused(done, "1 of the 3 runs are not in the table")
+        lines = [line.split()[0] for line in done.stdout.splitlines()[-3:]]
+        assert lines == ["lr", "low", "high"]
+    assert "3 runs, 2 of them done" in done.output
+    before = load_file(tmp_path / "runs" / "s-low-3" / "checkpoints" / "last.safetensors")
+    alone = write(path.with_name("alone.yaml"), name="t", axes={"lr": {"low": axes["lr"]["low"]}},
+                  seeds=[3])  # fmt: skip
+    assert cli("sweep", alone).exit_code == 0
+    after = load_file(tmp_path / "runs" / "t-low-3" / "checkpoints" / "last.safetensors")
+    for name, value in before.items():
+        torch.testing.assert_close(value, after[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(
+    toy: Callable[..., Path], cli: Callable, tmp_path: Path
+) -> None:
+    recipe = toy()
+    path = write(recipe.with_name("sweep.yaml"), axes={})
+    first, second = (Run.of(run.recipe) for run in load_sweep(path))
+    with first.alone():
+        refused(cli("sweep", path), "s-3: another process is training", "1 of the 2 runs are not")
+        assert second.scores.is_file() and not first.scores.is_file()
+    assert cli("sweep", path).exit_code == 0
+    with Run.of(load_recipe(recipe)).alone():
+        refused(cli("train", recipe, "--overwrite"), "another process is training this run")
+    assert cli("train", recipe, "--overwrite").exit_code == 0
+    assert not [path.name for path in (tmp_path / "runs").iterdir() if path.name[0] == "."]
 
 
 def test_mean_and_deviation() -> None:

@@ -13,9 +13,10 @@ from epalm.errors import EpalmError
 from epalm.evaluate.scores import validate
 from epalm.model.text import TextCodec
 from epalm.train.batches import TrainingBatches
-from epalm.train.checkpoint import Progress, load_weights, save_weights
+from epalm.train.checkpoint import load_weights, save_weights
 from epalm.train.optimiser import learning_rates, make_optimiser
 from epalm.train.parts import Parts, assemble
+from epalm.train.progress import Progress
 from epalm.train.run import Run
 from tests.conftest import batches_of, fit
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from click.testing import Result
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -18,13 +19,15 @@ from epalm.errors import EpalmError
 from epalm.evaluate.scores import validate
 from epalm.extract.lookup import FeatureTable
 from epalm.model.augmented import AugmentedLM
-from epalm.model.spread import check_room, return_outputs
+from epalm.model.packing import Packing
+from epalm.model.spread import check_room
 from epalm.store.atomic import read_json_lines
 from epalm.train.batches import TrainingBatches
-from epalm.train.checkpoint import Progress, load_weights
+from epalm.train.checkpoint import load_weights
 from epalm.train.loop import Training
 from epalm.train.loss import example_losses
 from epalm.train.parts import Parts, assemble
+from epalm.train.progress import Progress
 from epalm.train.run import Run
 from tests.conftest import batches_of, fit
 
@@ -266,7 +269,6 @@ def test_an_lm_in_parts_runs_through_hooks(opt_folder: Path, tmp_path: Path) -> 
             },
         )
     )
-    return_outputs(spread)
     assert {"meta", "cpu"} == {p.device.type for p in spread.parameters()}
     ids = torch.arange(20).view(2, 10)
     features = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(0))
@@ -283,3 +285,13 @@ def test_an_lm_in_parts_runs_through_hooks(opt_folder: Path, tmp_path: Path) -> 
         assert torch.equal(one, other)
     with pytest.raises(EpalmError, match=r"lm\.device_map: the GPUs have not enough"):
         check_room(spread)
+
+
+def test_masks_follow_the_layers_to_their_devices() -> None:
+    """As accelerate's hooks move what a layer is called with."""
+    owner, masks = torch.tensor([0, 0, 1]), (torch.zeros(1, 1, 2, 2), torch.zeros(3, 1, 4, 6))
+    packing = Packing(2, 3, owner, *masks)
+    moved = send_to_device({"packing": packing}, "meta")["packing"]
+    assert moved.owner.is_meta and moved.prefix_mask.is_meta and moved.text_mask.is_meta
+    assert (moved.prefixes, moved.texts) == (2, 3)
+    assert send_to_device({"packing": packing}, "cpu")["packing"] is packing

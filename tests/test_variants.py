@@ -19,9 +19,10 @@ from epalm.model.connection import Connection
 from epalm.model.families import FAMILIES, family_of
 from epalm.model.injection import InjectionPlan
 from epalm.model.variant import word_norm
-from epalm.train.checkpoint import Progress, load_weights, save_weights
+from epalm.train.checkpoint import load_weights, save_weights
 from epalm.train.loss import example_losses
 from epalm.train.optimiser import make_optimiser, set_learning_rates
+from epalm.train.progress import Progress
 from tests.conftest import tiny_llama, tiny_opt
 from tests.test_augmented import alone, generate, tiny_lm
 

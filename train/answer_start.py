@@ -40,7 +40,7 @@ def start_from_answers(parts: Parts, examples: Sequence[Example]) -> Stage:
     """Set the connections of all sources; a seeded choice of the examples is enough.
 
     Raises:
-        EpalmError: a source's answers are all yes or no.
+        EpalmError: a source's answers are all yes, no or empty.
     """
     begin, seed = time.perf_counter(), parts.recipe.seed
     of = parts.model.trained["connection"]
@@ -48,14 +48,11 @@ def start_from_answers(parts: Parts, examples: Sequence[Example]) -> Stage:
     draw = random.Random(f"{seed} answer start")
     used = 0
     for source, connection in connections:
-        own = [
-            (e, draw.choice(e.references))
-            for e in examples
-            if e.source == source and not CLOSED.issuperset(e.references)
-        ]
+        of_source = ((e, _open_answers(e)) for e in examples if e.source == source)
+        own = [(e, draw.choice(answers)) for e, answers in of_source if answers]
         if not own:
             raise EpalmError(
-                "train.connection_start: no training answers but yes and no"
+                "train.connection_start: no training answers but yes, no and empty ones"
                 f"{f' in source {source}' if source else ''}; set it to random"
             )
         own = draw.sample(own, min(EXAMPLES, len(own)))
@@ -66,6 +63,11 @@ def start_from_answers(parts: Parts, examples: Sequence[Example]) -> Stage:
             parameter.copy_(broadcast(parameter.data))
     seconds = time.perf_counter() - begin
     return Stage(round(seconds, 2), f"{used / seconds:.1f} examples/s")
+
+
+def _open_answers(example: Example) -> list[str]:
+    """Those that say something of its media; of ten annotators one may have said nothing."""
+    return [answer for answer in example.references if answer.strip() and answer not in CLOSED]
 
 
 def _features(parts: Parts, pairs: Sequence[tuple[Example, str]], source: str) -> torch.Tensor:

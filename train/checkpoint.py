@@ -5,7 +5,6 @@ AdamW's moments too (`exp_avg.*`, `exp_avg_sq.*`), with step and best score in t
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,24 +15,9 @@ from epalm.errors import EpalmError
 from epalm.model.augmented import AugmentedLM
 from epalm.model.weights import put_weights, trained_weights
 from epalm.store.atomic import write_atomic
+from epalm.train.progress import Progress, read_progress, unreadable
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class Progress:
-    """How far a training is.
-
-    Attributes:
-        step: optimiser steps done.
-        best_score, best_step: of the best validation so far; -1: none yet.
-        stale: validations since then.
-    """
-
-    step: int = 0
-    best_score: float = -1.0
-    best_step: int = -1
-    stale: int = 0
 
 
 def save_weights(path: Path, model: AugmentedLM, progress: Progress) -> None:
@@ -98,9 +82,6 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], Progress]:
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            progress = Progress(**json.loads(file.metadata()["progress"]))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise EpalmError(
-            f"{path}: not a readable checkpoint ({error}); delete it and run `train` again"
-        ) from None
-    return tensors, progress
+    except (SafetensorError, OSError) as error:
+        raise unreadable(path, error) from None
+    return tensors, read_progress(path)

@@ -25,6 +25,10 @@ from epalm.train.step import Outcome
 _NEVER = -1
 
 
+class NotFiniteError(EpalmError):
+    """A run's loss or gradient is not finite any more."""
+
+
 class FiniteGuard:
     """Remembers the first step whose loss or gradient norm was not finite."""
 
@@ -43,7 +47,7 @@ class FiniteGuard:
         """Read what was noted; all processes must call it together.
 
         Raises:
-            EpalmError: a step was not finite; names the file with its batch.
+            NotFiniteError: a step was not finite; names the file with its batch.
         """
         mine = (int(self._step), *self._outcome.tolist())
         bad = [note for note in gather_object([mine]) if note[0] != _NEVER]
@@ -55,7 +59,7 @@ class FiniteGuard:
         if accelerator.is_main_process:
             _save(path, step, loss, norm, batches)
         accelerator.wait_for_everyone()  # a process that ends early would end the one that writes
-        raise EpalmError(
+        raise NotFiniteError(
             f"{run.folder}: the loss is {loss} and its gradient's norm {norm} at step {step}; "
             f"lower train.lr or set train.clip_norm. The batch is in {path}, and as tensors beside "
             "it; checkpoints so far are kept"

@@ -13,7 +13,8 @@ from epalm.model.augmented import AugmentedLM
 from epalm.model.injection import InjectionPlan
 from epalm.model.load import lm_without_weights
 from epalm.model.official import from_official, read_official, variant_of
-from epalm.train.checkpoint import Progress, save_weights
+from epalm.train.checkpoint import save_weights
+from epalm.train.progress import Progress
 from epalm.train.run import Run
 
 
@@ -44,6 +45,7 @@ def import_official(file: Path, recipe: Recipe, overwrite: bool = False) -> tupl
     settings = others.get("config")
     settings = settings if isinstance(settings, Mapping) else {}
     _check_plan(file, settings, model.plan)
+    _check_levels(file, settings, recipe, spec.layers)
     model.trained.load_state_dict(state, assign=True)
     run = Run.create(recipe, overwrite)
     if run.best.is_file() or run.last.is_file():
@@ -98,6 +100,24 @@ def _check_plan(file: Path, settings: Mapping[str, Any], plan: InjectionPlan) ->
             f"{step}), {_words(plan)} in the recipe"
         )
         _refuse(file, [line])
+
+
+def _check_levels(
+    file: Path, settings: Mapping[str, Any], recipe: Recipe, encoder_layers: int
+) -> None:
+    """Compare the encoder layers that `variant.levels` names (convention 1: always the last)."""
+    n, levels = settings.get("injected_hidden_states"), recipe.variant.levels
+    if levels is None or not isinstance(n, int):
+        return
+    ours, theirs = sorted(set(levels.values())), list(range(encoder_layers - n, encoder_layers))
+    if ours != theirs:
+        _refuse(
+            file,
+            [
+                f"variant.levels: encoder layers {theirs} in the checkpoint, the last {n} of "
+                f"{encoder_layers}; {ours} in the recipe"
+            ],
+        )
 
 
 def _words(plan: InjectionPlan) -> str:

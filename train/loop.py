@@ -6,12 +6,13 @@ from types import TracebackType
 from epalm.errors import EpalmError
 from epalm.train.answer_start import start_from_answers
 from epalm.train.batches import TrainingBatches
-from epalm.train.checkpoint import Progress, load_state, save_state, save_weights
+from epalm.train.checkpoint import load_state, save_state, save_weights
 from epalm.train.clock import Clock, peak_memory, words_for_rates
 from epalm.train.guard import FiniteGuard
 from epalm.train.log import Log
 from epalm.train.optimiser import learning_rates, make_optimiser
 from epalm.train.parts import Parts
+from epalm.train.progress import Progress
 from epalm.train.run import Run
 from epalm.train.step import Outcome, Stepper
 
@@ -90,7 +91,7 @@ class Training:
     @property
     def over(self) -> bool:
         """It has taken its last step, or has lost patience."""
-        return self.progress.step >= self.end or self._impatient
+        return self.progress.step >= self.end or self.progress.is_over(self.run.recipe.train)
 
     def stepper(self) -> Stepper:
         """Takes its steps."""
@@ -111,7 +112,7 @@ class Training:
     ) -> None:
         if error is None:
             progress, say = self.progress, self.log.say
-            if progress.step < self.end:
+            if progress.step < self.end and progress.is_impatient(self.run.recipe.train):
                 say(
                     f"step {progress.step}: no better score in {progress.stale} validations, the "
                     "training ends here (train.patience)"
@@ -153,7 +154,7 @@ class Training:
         if last and self.validate is None:
             progress.best_step = done
             self._save_best()
-        if self.run.writes and (saves or self._impatient):
+        if self.run.writes and (saves or progress.is_impatient(config)):
             save_state(self.run.last, model, self.optimiser, progress)
             self.clock.record(done * config.batch_size)
 
@@ -172,9 +173,3 @@ class Training:
     def _save_best(self) -> None:
         if self.run.writes:
             save_weights(self.run.best, self.parts.model, self.progress)
-
-    @property
-    def _impatient(self) -> bool:
-        """So many validations in a row were not better than the best before."""
-        patience = self.run.recipe.train.patience
-        return patience is not None and self.progress.stale >= patience

@@ -10,18 +10,21 @@ RUNS/NAME/
     not-finite-STEP.json, .safetensors   the batch that stopped a training (docs/training.md)
     predictions.jsonl, predictions-shuffled.jsonl, scores.json, loss.png, report.html
     partial-PASS-….jsonl         answers of an evaluation that was interrupted
+RUNS/.NAME.lock                  while it is trained
     on/NAME/                     an evaluation on another recipe's data
 """
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from epalm.config import Recipe, dump_recipe, load_recipe
 from epalm.errors import EpalmError
-from epalm.store.atomic import NUMBER, read_json_lines, write_atomic
+from epalm.store.atomic import NUMBER, claim, read_json_lines, write_atomic
 from epalm.store.spec import FeatureSpec, JointSpec, read_spec
 from epalm.store.stage import Stage
 
@@ -30,6 +33,13 @@ FREE_TO_CHANGE = {
     "train.accumulate",
 }  # fmt: skip
 """Recipe fields that may differ when a training is resumed; metrics choose its best weights."""
+
+
+_REMEDY = "choose another name (--set name=…), or replace that run with --overwrite"
+
+
+class BusyError(EpalmError):
+    """Another process is training the run."""
 
 
 class Run:
@@ -49,18 +59,24 @@ class Run:
         self._features = folder / "features.json"
 
     @classmethod
-    def create(cls, recipe: Recipe, overwrite: bool = False) -> "Run":
+    def create(cls, recipe: Recipe, overwrite: bool = False, remedy: str = _REMEDY) -> "Run":
         """The recipe's run folder: a new one, or the one to resume; EpalmError as in `planned`."""
-        run = cls.planned(recipe, overwrite)
+        run = cls.planned(recipe, overwrite, remedy)
         written = run.folder / "recipe.yaml"
         if written.is_file() and overwrite:
-            shutil.rmtree(run.folder)
+            old = run.folder.with_name(f".{run.folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            run.folder.replace(old)  # a run is there or not, never half of it
+            shutil.rmtree(old)
         write_atomic(written, dump_recipe(recipe))
         return run
 
     @classmethod
-    def planned(cls, recipe: Recipe, overwrite: bool = False) -> "Run":
+    def planned(cls, recipe: Recipe, overwrite: bool = False, remedy: str = _REMEDY) -> "Run":
         """The run that `create` would begin or resume.
+
+        Args:
+            remedy: what to do where it holds a run of another recipe.
 
         Raises:
             EpalmError: it cannot be written to, or holds something else, or a run of another recipe
@@ -77,13 +93,32 @@ class Run:
             differences = _differences(load_recipe(written), recipe)
             if differences:
                 lines = "\n".join(f"  {line}" for line in differences)
-                raise EpalmError(
-                    f"{folder}: holds a run of another recipe:\n{lines}\nchoose another name "
-                    "(--set name=…), or replace that run with --overwrite"
-                )
+                raise EpalmError(f"{folder}: holds a run of another recipe:\n{lines}\n{remedy}")
         elif not written.is_file() and folder.is_dir() and any(folder.iterdir()):
             raise EpalmError(f"{folder}: not empty and not a run; choose another name")
         return run
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within it, no other process trains this run; the lock ends with the process.
+
+        Raises:
+            BusyError: one does.
+        """
+        path = self.folder.with_name(f".{self.folder.name}.lock")  # a run may be replaced
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        stream = claim(path)
+        if stream is None:
+            raise BusyError(
+                f"{self.folder}: another process is training this run; wait for it, or choose "
+                "another name (--set name=…)"
+            )
+        with stream:
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Run":

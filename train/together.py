@@ -23,6 +23,7 @@ from epalm.model.prefix import Rows
 from epalm.model.shared import SharedFeatures, SharedLM
 from epalm.model.text import Equal
 from epalm.train.batches import Batch
+from epalm.train.guard import NotFiniteError
 from epalm.train.loop import Training
 from epalm.train.loss import losses_of
 from epalm.train.parts import Parts, assemble, augment
@@ -67,15 +68,26 @@ def assemble_together(recipes: Sequence[Recipe]) -> list[Parts]:
     return [first, *(_beside(first, recipe) for recipe in recipes[1:])]
 
 
-def train_together(trainings: Sequence[Training]) -> None:
+def train_together(trainings: Sequence[Training]) -> dict[Training, NotFiniteError]:
     """Take all steps of runs of a group; of each as `train` does, but for the order of sums.
 
     Runs that were interrupted at different steps first go on alone, up to the furthest one's. One
-    that loses its patience leaves the others.
+    that loses its patience leaves the others, and so does one that is not finite any more.
 
     Args:
         trainings: in one process, of parts from `assemble_together`.
+
+    Returns:
+        Of those that are not finite, what is wrong.
     """
+    stopped: dict[Training, NotFiniteError] = {}
+
+    def go_on(training: Training, outcome: Outcome) -> None:
+        try:
+            training.after(outcome)
+        except NotFiniteError as error:
+            stopped[training] = error
+
     going = [training for training in trainings if not training.over]
     furthest = max((training.progress.step for training in going), default=0)
     with ExitStack() as stack:
@@ -83,14 +95,17 @@ def train_together(trainings: Sequence[Training]) -> None:
             stack.enter_context(training)
             if training.progress.step < furthest:
                 alone = training.stepper()
-                while training.progress.step < furthest and not training.over:
-                    training.after(alone(training.progress.step))
-        while going := [training for training in going if not training.over]:
+                while training.progress.step < furthest and not (
+                    training.over or training in stopped
+                ):
+                    go_on(training, alone(training.progress.step))
+        while going := [t for t in going if not (t.over or t in stopped)]:
             step = SharedStepper(going)
-            while not any(training.over for training in going):
+            while not any(t.over or t in stopped for t in going):
                 outcomes = step(going[0].progress.step)
                 for training, outcome in zip(going, outcomes, strict=True):
-                    training.after(outcome)
+                    go_on(training, outcome)
+    return stopped
 
 
 class SharedStepper:
