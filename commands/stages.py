@@ -85,8 +85,8 @@ def train(recipe: "Recipe", overwrite: bool, max_steps: int | None) -> tuple["Ru
     from epalm.train.loop import train as fit
     from epalm.train.parts import assemble
 
-    with _writing(recipe), _alone([recipe]):
-        training = _training(assemble(recipe), overwrite, max_steps)
+    with _writing(recipe), ExitStack() as locks:
+        training = _training(assemble(recipe), locks, overwrite, max_steps)
         fit(training)
     _say_trained(training)
     return training.run, training.parts
@@ -96,8 +96,8 @@ def _train_together(recipes: "list[Recipe]") -> "tuple[list[tuple[Run, Parts]], 
     """Those that were trained, and what is wrong with the others."""
     from epalm.train.together import assemble_together, train_together
 
-    with _writing(recipes[0]), _alone(recipes):
-        trainings = [_training(parts, False, None) for parts in assemble_together(recipes)]
+    with _writing(recipes[0]), ExitStack() as locks:
+        trainings = [_training(parts, locks) for parts in assemble_together(recipes)]
         stopped = train_together(trainings)
     trained = [training for training in trainings if training not in stopped]
     for training in trained:
@@ -125,22 +125,6 @@ def train_and_evaluate(recipes: "list[Recipe]") -> None:
 
 
 @contextmanager
-def _alone(recipes: "list[Recipe]") -> "Iterator[None]":
-    """Within it, no others train the recipes' runs; of several processes, the main one sees to it.
-
-    Raises:
-        BusyError: others do.
-    """
-    from epalm.train.run import Run
-
-    with ExitStack() as stack:
-        if join(recipes[0]).is_main_process:
-            for recipe in recipes:
-                stack.enter_context(Run.of(recipe).alone())
-        yield
-
-
-@contextmanager
 def _writing(recipe: "Recipe") -> "Iterator[None]":
     """Within it, a folder that cannot be written to is an error of the field that names it."""
     from epalm.store.atomic import writing_into
@@ -150,7 +134,10 @@ def _writing(recipe: "Recipe") -> "Iterator[None]":
         yield
 
 
-def _training(parts: "Parts", overwrite: bool, max_steps: int | None) -> "Training":
+def _training(
+    parts: "Parts", locks: ExitStack, overwrite: bool = False, max_steps: int | None = None
+) -> "Training":
+    """Ready to begin or go on; `locks` holds the run until it is closed."""
     from epalm.evaluate.scores import evaluation_metrics, validate
     from epalm.train.batches import TrainingBatches
     from epalm.train.check import check_splits
@@ -167,8 +154,10 @@ def _training(parts: "Parts", overwrite: bool, max_steps: int | None) -> "Traini
     batches = TrainingBatches(examples, parts.features, parts.codec, recipe, parts.device)
     parts.room.check_training(batches.longest())
     batches.text_states = open_text_states(recipe, parts.model, batches.texts)
-    main_process = parts.accelerator.is_main_process
-    target = Run.create(recipe, overwrite) if main_process else Run.of(recipe)
+    target = Run.of(recipe)
+    if parts.accelerator.is_main_process:
+        locks.enter_context(target.alone())
+        Run.create(recipe, overwrite)
     parts.accelerator.wait_for_everyone()
     scored = validate if parts.dataset.split("val") else None
     return Training(target, parts, batches, scored, max_steps)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import Result
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from epalm.config import (
     AdapterConfig,
@@ -129,12 +130,20 @@ def test_the_digest_is_of_the_weights_that_are_loaded(saved: Path, tmp_path: Pat
     assert lm_digest(str(tmp_path / "lm")) != before
 
 
-def test_on_one_device_though_it_was_spread(saved: Path) -> None:
-    file = saved / "config.json"
+def test_on_one_device_though_it_was_spread(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = saved / CONFIG
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "lm": {**config["lm"], "device_map": "auto"}}))
-    assert hasattr(AugmentedLM.from_pretrained(saved).lm, "hf_device_map")
-    assert not hasattr(AugmentedLM.from_pretrained(saved, device="cpu").lm, "hf_device_map")
+    asked = []
+
+    def watched(config: LMConfig, *others: Any) -> PreTrainedModel:
+        asked.append(config.device_map)  # one device alone leaves no other trace
+        return load_lm(config, *others)
+
+    monkeypatch.setattr("epalm.model.pretrained.load_lm", watched)
+    for device in ("auto", "cpu"):
+        AugmentedLM.from_pretrained(saved, device=device)
+    assert asked == ["auto", None]
 
 
 def test_saved_again_it_is_the_same(saved: Path, tmp_path: Path) -> None:
