@@ -17,6 +17,7 @@ cache COMMAND           ls, info, verify, diff, repair, gc, convert, estimate: t
 
 import errno
 import sys
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,8 @@ def train(recipe: Path, overrides: tuple[str, ...], overwrite: bool, max_steps: 
 
     loaded = load_recipe(recipe, overrides)
     stages.join(loaded)
-    stages.train(loaded, overwrite, max_steps)
+    with ExitStack() as locks:
+        stages.train(loaded, locks, overwrite, max_steps)
 
 
 @main.command()
@@ -200,8 +202,9 @@ def run(recipe: Path, overrides: tuple[str, ...], overwrite: bool, max_steps: in
     Run.planned(loaded, overwrite)
     stages.join(loaded)
     stages.extract(loaded)
-    finished, parts = stages.train(loaded, overwrite, max_steps)
-    stages.evaluate(finished, parts, finished.weights("best"))
+    with ExitStack() as locks:
+        finished, parts = stages.train(loaded, locks, overwrite, max_steps)
+        stages.evaluate(finished, parts, finished.weights("best"))
 
 
 @main.command()
@@ -262,46 +265,9 @@ def import_official(file: Path, recipe: Path, overrides: tuple[str, ...], overwr
 @set_option
 def sweep(file: Path, together: int, overrides: tuple[str, ...]) -> None:
     """Extract, train and evaluate every run of a sweep that has no scores yet; compare them."""
-    from epalm.evaluate.compare import compare, is_scored
-    from epalm.evaluate.scores_file import read_scores
-    from epalm.sweep import load_sweep
-    from epalm.train.guard import NotFiniteError
-    from epalm.train.run import BusyError, Run
-    from epalm.train.together import groups
+    from epalm.commands.sweep import run_sweep
 
-    runs = load_sweep(file, overrides)
-    accelerator = stages.join(runs[0].recipe)
-    for planned in runs:
-        if planned.seed == runs[0].seed:  # the others differ in nothing that is checked
-            stages.check(planned.recipe)
-    targets = [Run.of(planned.recipe) for planned in runs]
-    if accelerator.is_main_process:
-        for run in targets:
-            Run.create(run.recipe, remedy="change the sweep's `name`, or delete that folder")
-    accelerator.wait_for_everyone()
-    left = [number for number, run in enumerate(targets) if not is_scored(run)]
-    click.echo(f"{len(runs)} runs, {len(runs) - len(left)} of them done")
-    for group in groups([targets[number].recipe for number in left], together):
-        chosen = [targets[left[place]] for place in group]
-        for run in chosen:
-            click.echo(f"{1 + targets.index(run)} of {len(runs)}: {run.folder}")
-            stages.extract(run.recipe)
-        try:
-            stages.train_and_evaluate([run.recipe for run in chosen])
-        except (NotFiniteError, BusyError) as error:
-            if accelerator.num_processes > 1:  # the others may wait for this one
-                raise
-            click.echo(f"error: {error}", err=True)
-    if accelerator.is_main_process:  # the others have nobody's scores
-        pairs = zip(runs, targets, strict=True)
-        done = [(planned.labels, read_scores(run)) for planned, run in pairs if is_scored(run)]
-        if done:
-            click.echo(compare(done))
-        if len(done) < len(runs):
-            raise EpalmError(
-                f"{len(runs) - len(done)} of the {len(runs)} runs are not in the table, for what "
-                "is said above; the same command tries them again"
-            )
+    run_sweep(file, together, overrides)
 
 
 @main.command("compare")

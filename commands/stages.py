@@ -81,22 +81,27 @@ def join(recipe: "Recipe") -> "Accelerator":
     return accelerator
 
 
-def train(recipe: "Recipe", overwrite: bool, max_steps: int | None) -> tuple["Run", "Parts"]:
+def train(
+    recipe: "Recipe", locks: ExitStack, overwrite: bool = False, max_steps: int | None = None
+) -> tuple["Run", "Parts"]:
+    """A trained run, and its model; `locks` holds the run until it is closed."""
     from epalm.train.loop import train as fit
     from epalm.train.parts import assemble
 
-    with _writing(recipe), ExitStack() as locks:
+    with _writing(recipe):
         training = _training(assemble(recipe), locks, overwrite, max_steps)
         fit(training)
     _say_trained(training)
     return training.run, training.parts
 
 
-def _train_together(recipes: "list[Recipe]") -> "tuple[list[tuple[Run, Parts]], list[str]]":
+def _train_together(
+    recipes: "list[Recipe]", locks: ExitStack
+) -> "tuple[list[tuple[Run, Parts]], list[str]]":
     """Those that were trained, and what is wrong with the others."""
     from epalm.train.together import assemble_together, train_together
 
-    with _writing(recipes[0]), ExitStack() as locks:
+    with _writing(recipes[0]):
         trainings = [_training(parts, locks) for parts in assemble_together(recipes)]
         stopped = train_together(trainings)
     trained = [training for training in trainings if training not in stopped]
@@ -114,12 +119,13 @@ def train_and_evaluate(recipes: "list[Recipe]") -> None:
     from epalm.train.guard import NotFiniteError
 
     wrong: list[str] = []
-    if len(recipes) == 1:
-        trained = [train(recipes[0], False, None)]
-    else:
-        trained, wrong = _train_together(recipes)
-    for run, parts in trained:
-        evaluate(run, parts, run.weights("best"))
+    with ExitStack() as locks:
+        if len(recipes) == 1:
+            trained = [train(recipes[0], locks)]
+        else:
+            trained, wrong = _train_together(recipes, locks)
+        for run, parts in trained:
+            evaluate(run, parts, run.weights("best"))
     if wrong:
         raise NotFiniteError("\n".join(wrong))
 
@@ -137,7 +143,7 @@ def _writing(recipe: "Recipe") -> "Iterator[None]":
 def _training(
     parts: "Parts", locks: ExitStack, overwrite: bool = False, max_steps: int | None = None
 ) -> "Training":
-    """Ready to begin or go on; `locks` holds the run until it is closed."""
+    """Ready to begin or go on; `locks` as in `train`."""
     from epalm.evaluate.scores import evaluation_metrics, validate
     from epalm.train.batches import TrainingBatches
     from epalm.train.check import check_splits

@@ -276,6 +276,7 @@ def test_a_trained_run_takes_no_settings_of_training(cli: Cli, toy: Toy, tmp_pat
     [
         ("train", "data: there are no train examples; splits that have some: val, test"),
         ("val", "train.patience: there are no val examples"),
+        ("val, eager", "train.val_every: there are no val examples"),
     ],
 )
 def test_splits_are_checked_before_anything_is_replaced(
@@ -284,10 +285,12 @@ def test_splits_are_checked_before_anything_is_replaced(
     recipe, data = toy(), tmp_path / "toy.jsonl"
     cli("extract", recipe)
     begun = Run.create(load_recipe(recipe)).folder / "recipe.yaml"
+    split = gone.split(",")[0]
     data.write_text(
-        "".join(f"{x}\n" for x in data.read_text().splitlines() if f'"{gone}"' not in x)
+        "".join(f"{x}\n" for x in data.read_text().splitlines() if f'"{split}"' not in x)
     )
-    patient = ("--set", "train.patience=1", "--set", "train.val_every=1")
+    patient = ("--set", f"train.patience={1 if gone == split else 'null'}",
+               "--set", "train.val_every=1")  # fmt: skip
     for command in ("run", "train"):
         refused(cli(command, recipe, *patient, "--overwrite"), message)
     assert begun.is_file()

@@ -189,7 +189,9 @@ def test_the_answer_start_is_each_sources_own(cli: Cli, both: Recipes) -> None:
     examples = parts.dataset.split("train")
     start_from_answers(parts, examples)
     together = {k: v.clone() for k, v in parts.model.trained["connection"].state_dict().items()}
-    with pytest.raises(EpalmError, match="but yes and no in source main; set it to random"):
+    with pytest.raises(
+        EpalmError, match="but yes, no and empty ones in source main; set it to random"
+    ):
         start_from_answers(parts, [e for e in examples if e.source == "audio"])
     sounds = {f"of.audio.linears.{n}.{kind}" for n in range(3) for kind in ("weight", "bias")}
     for name, value in parts.model.trained["connection"].state_dict().items():

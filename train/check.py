@@ -14,15 +14,16 @@ from epalm.train.parts import check_prompts, room_of
 
 
 def check_splits(dataset: Dataset, recipe: Recipe) -> None:
-    """EpalmError when there is nothing to train on, or to lose patience with."""
+    """EpalmError when there is nothing to train on, or to validate on where that is asked for."""
     if not dataset.split("train"):
         there = ", ".join(dataset.counts())
         raise EpalmError(f"data: there are no train examples; splits that have some: {there}")
-    if recipe.train.patience is not None and not dataset.split("val"):
-        raise EpalmError(
-            "train.patience: there are no val examples to lose it with; data.val_from_train holds "
-            "some out"
-        )
+    for field in ("patience", "val_every"):
+        if getattr(recipe.train, field) is not None and not dataset.split("val"):
+            raise EpalmError(
+                f"train.{field}: there are no val examples; data.val_from_train holds some out of "
+                "the training examples, or set it to null"
+            )
 
 
 def check_training(recipe: Recipe, dataset: Dataset) -> None:
