@@ -35,6 +35,7 @@ CASES = [
     "epalm_post",
     "lin_pre",
     "pt_pre",
+    "short_pre",
     "single_post",
     "tstep2_pre",
 ]
@@ -105,12 +106,13 @@ class Official:
         """As a user would write it, from the official YAML."""
         state = named(self.case.group("ckpt/"))
         found: dict[str, Any] = {
-            "encoder_layers": self.case.n,
+            "encoder_layers": len(self.encoder_layers()),
             "connection": "separate" if "connection.linears.1.weight" in state else "shared",
             "prompt_length": int(self.case["prompt_len"]),
             "prompt_mlp": "soft_prompt.mlp.0.weight" in state,
         }
-        if int(self.case["text_step"]) > 1:  # starts at a layer that its step does not divide
+        # starts at a layer that its step does not divide, or leaves encoder layers unused
+        if int(self.case["text_step"]) > 1 or len(self.encoder_layers()) < self.case.n:
             sources = self.case["layer_enc_index"].tolist()
             found["levels"] = {layer: int(s) for layer, s in enumerate(sources) if s >= 0}
         else:
@@ -119,6 +121,10 @@ class Official:
         for part in ("attention", "feed_forward"):
             found[f"{part}_adapters"] = adapter_config(state, part).model_dump()
         return found
+
+    def encoder_layers(self) -> list[int]:
+        """Those that are used."""
+        return sorted({int(s) for s in self.case["layer_enc_index"].tolist() if s >= 0})
 
     def imported(self) -> AugmentedLM:
         """The model of the run that the command made."""
@@ -144,14 +150,15 @@ def test_an_imported_checkpoint_computes_what_the_official_code_did(
     assert done.exit_code == 0, done.output
     assert "ignored in the file: optimizer, lr_scheduler, config, epoch, best_valid" in done.output
     assert "mask" not in done.output
-    case, model = made.case, made.imported()
+    assert ("1 of its 3 connections are never used" in done.output) == (name == "short_pre")
+    case, model, layers = made.case, made.imported(), made.encoder_layers()
+    features = case["raw_cls"][:, layers]
     with torch.no_grad():
-        states = model.joint_states(case["input_ids"], case["attention_mask"], case.features())
+        states = model.joint_states(case["input_ids"], case["attention_mask"], features)
         torch.testing.assert_close(model.family.logits(states), case["logits"], **LOGIT_TOLERANCE)
     ids = case["gen_input_ids"]
-    found = model.generate(
-        ids, torch.ones_like(ids), case.features("gen_raw_cls"), do_sample=False, max_length=14
-    )
+    features = case["gen_raw_cls"][:, layers]
+    found = model.generate(ids, torch.ones_like(ids), features, do_sample=False, max_length=14)
     assert torch.equal(found, case["gen_greedy_ids"])
 
 
@@ -194,8 +201,10 @@ def test_notes_say_where_the_recipe_departs(official: Callable[[str], Official],
         ("adapters_pre", "variant.feed_forward_adapters.placement=parallel",
          ["placement: 'sequential' in the checkpoint, 'parallel'"]),
         ("tstep2_pre", "variant.levels={2: 0, 4: 1, 6: 2}",
-         ["variant.levels: encoder layers [3, 4, 5] in the checkpoint", "of 6; [0, 1, 2] in"]),
-        ("short_pre", "seed=1", ["only 2 of the 3 encoder layers would ever be used"]),
+         ["encoder layers [3, 4, 5] of 6 in the checkpoint", "[0, 1, 2] in the recipe"]),
+        ("short_pre", "variant={encoder_layers: 3, inject_start: 5, inject_end: 7}",
+         ["encoder layers [3, 4] of 6 in the checkpoint", "[3, 4, 5] in the recipe",
+          "variant.encoder_layers: 2", "variant.levels: {5: 3, 6: 4}"]),
     ],
 )  # fmt: skip
 def test_another_variant_is_refused(

@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 
-from epalm.config import Recipe
+from epalm.config import Recipe, VariantConfig
 from epalm.errors import EpalmError, NotHereError
 from epalm.extract.encoder import describe
 from epalm.model.augmented import AugmentedLM
+from epalm.model.families import family_of
 from epalm.model.injection import InjectionPlan
 from epalm.model.load import lm_without_weights
 from epalm.model.official import from_official, read_official, variant_of
 from epalm.train.checkpoint import save_weights
+from epalm.train.official_plan import OfficialPlan
 from epalm.train.progress import Progress
 from epalm.train.run import Run
 
@@ -34,18 +36,23 @@ def import_official(file: Path, recipe: Recipe, overwrite: bool = False) -> tupl
         raise EpalmError("also: the official code has one source; leave the others out")
     checkpoint, others = read_official(file)
     state = {name: value.float() for name, value in from_official(checkpoint).items()}
+    lm = lm_without_weights(recipe.lm.weights)
+    settings = others.get("config")
+    settings = settings if isinstance(settings, Mapping) else {}
+    official = OfficialPlan.of(settings, len(family_of(lm).layers))
+    if official is not None:
+        state = official.without_unused(state)
     try:
         spec = describe(recipe)
     except NotHereError:
         spec = describe(recipe, weights_at_hand=False)
+    if official is not None:
+        _check_encoder_layers(file, official, recipe.variant, spec.layers)
     _check_fields(file, variant_of(state), recipe)
-    lm = lm_without_weights(recipe.lm.weights)
     model = AugmentedLM.from_config(lm, recipe.variant, spec.layers, spec.dim)
     _check_shapes(file, state, model)
-    settings = others.get("config")
-    settings = settings if isinstance(settings, Mapping) else {}
-    _check_plan(file, settings, model.plan)
-    _check_levels(file, settings, recipe, spec.layers)
+    if official is not None:
+        _check_plan(file, official, model.plan)
     model.trained.load_state_dict(state, assign=True)
     run = Run.create(recipe, overwrite)
     if run.best.is_file() or run.last.is_file():
@@ -54,7 +61,13 @@ def import_official(file: Path, recipe: Recipe, overwrite: bool = False) -> tupl
             "replace that run with --overwrite"
         )
     save_weights(run.best, model, Progress())
-    return run, _notes(recipe, settings, others)
+    notes = _notes(recipe, settings, others)
+    if official is not None and len(official.used) < official.n:
+        notes.append(
+            f"{official.n - len(official.used)} of its {official.n} connections are never used "
+            "(bug 3) and were left out"
+        )
+    return run, notes
 
 
 def _check_fields(file: Path, found: Mapping[str, Any], recipe: Recipe) -> None:
@@ -85,39 +98,32 @@ def _check_shapes(file: Path, state: Mapping[str, torch.Tensor], model: Augmente
     )
 
 
-def _check_plan(file: Path, settings: Mapping[str, Any], plan: InjectionPlan) -> None:
-    """Compare the injection layers, where the checkpoint says which (conventions 2 and 3)."""
-    keys = ("start_layer_idx", "end_layer_idx", "injected_hidden_states")
-    if not all(isinstance(settings.get(key), int) for key in keys):
-        return
-    start, end, n = (settings[key] for key in keys)
-    step = settings.get("text_step") or 1
-    official = InjectionPlan.spread(len(plan.source), start, end, n, step)
-    if official != plan:
+def _check_encoder_layers(
+    file: Path, official: OfficialPlan, variant: VariantConfig, encoder_layers: int
+) -> None:
+    """Compare which encoder layers are seen (convention 1)."""
+    levels = official.levels(encoder_layers)
+    theirs = sorted(set(levels.values()))
+    ours = list(range(encoder_layers - variant.encoder_layers, encoder_layers))
+    if variant.levels is not None:
+        ours = sorted(set(variant.levels.values()))
+    if ours != theirs:
         line = (
-            f"the LM's layers take encoder layers {_words(official)} in the checkpoint's config "
-            f"(start_layer_idx {start}, end_layer_idx {end}, injected_hidden_states {n}, text_step "
-            f"{step}), {_words(plan)} in the recipe"
+            f"encoder layers {theirs} of {encoder_layers} in the checkpoint's config "
+            f"({official.said}), {ours} in the recipe; set variant.encoder_layers: {len(theirs)} "
+            f"and variant.levels: {levels}, without inject_start, inject_end and text_step"
         )
         _refuse(file, [line])
 
 
-def _check_levels(
-    file: Path, settings: Mapping[str, Any], recipe: Recipe, encoder_layers: int
-) -> None:
-    """Compare the encoder layers that `variant.levels` names (convention 1: always the last)."""
-    n, levels = settings.get("injected_hidden_states"), recipe.variant.levels
-    if levels is None or not isinstance(n, int):
-        return
-    ours, theirs = sorted(set(levels.values())), list(range(encoder_layers - n, encoder_layers))
-    if ours != theirs:
-        _refuse(
-            file,
-            [
-                f"variant.levels: encoder layers {theirs} in the checkpoint, the last {n} of "
-                f"{encoder_layers}; {ours} in the recipe"
-            ],
+def _check_plan(file: Path, official: OfficialPlan, plan: InjectionPlan) -> None:
+    """Compare the injection layers (conventions 2 and 3)."""
+    if official.plan != plan:
+        line = (
+            f"the LM's layers take encoder layers {_words(official.plan)} in the checkpoint's "
+            f"config ({official.said}), {_words(plan)} in the recipe"
         )
+        _refuse(file, [line])
 
 
 def _words(plan: InjectionPlan) -> str:
