@@ -254,6 +254,20 @@ def test_folders_that_cannot_be_written_to(cli: Cli, toy: Toy, tmp_path: Path) -
     refused(cli("export", run, recipe), f"export FOLDER: {recipe} cannot be written to")
 
 
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_interrupted_it_says_what_goes_on(
+    cli: Cli, toy: Toy, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("epalm.commands.stages.train", interrupted)
+    done = cli("train", toy(), *flags)
+    assert done.exit_code == 130
+    again = "the same command without --overwrite goes on" if flags else "the same command goes on"
+    assert again in done.output
+
+
 def test_read_only_folders(cli: Cli, toy: Toy, tmp_path: Path) -> None:
     recipe, closed = toy(), tmp_path / "closed"
     closed.mkdir(mode=0o500)
