@@ -28,10 +28,8 @@ def run_sweep(file: Path, together: int, overrides: tuple[str, ...]) -> None:
         if planned.seed == runs[0].seed:  # the others differ in nothing that is checked
             check(planned.recipe)
     targets = [Run.of(planned.recipe) for planned in runs]
-    if accelerator.is_main_process:
-        for run in targets:
-            Run.create(run.recipe, remedy="change the sweep's `name`, or delete that folder")
-    accelerator.wait_for_everyone()
+    for run in targets:  # what is written is written by whoever holds the run
+        Run.planned(run.recipe, remedy="change the sweep's `name`, or delete that folder")
     left = [number for number, run in enumerate(targets) if not is_scored(run)]
     click.echo(f"{len(runs)} runs, {len(runs) - len(left)} of them done")
     for group in groups([targets[number].recipe for number in left], together):

@@ -1,7 +1,10 @@
 """Sweeps: many runs from one file, and the table that compares them."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 import pytest
 import torch
@@ -16,7 +19,8 @@ from epalm.sweep import load_sweep
 from epalm.train.run import Run
 from tests.test_cli import refused
 
-SWEEPS = sorted((Path(__file__).parents[1] / "recipes" / "sweeps").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+SWEEPS = sorted((ROOT / "recipes" / "sweeps").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
@@ -187,6 +191,21 @@ def test_a_run_that_another_process_trains_is_left_to_it(
         refused(cli("train", recipe, "--overwrite"), "another process is training this run")
     assert cli("train", recipe, "--overwrite").exit_code == 0
     assert not [path.name for path in (tmp_path / "runs").iterdir() if path.name[0] == "."]
+
+
+def test_two_processes_share_a_sweep(
+    toy: Callable[..., Path], cli: Callable, tmp_path: Path
+) -> None:
+    path = write(toy().with_name("sweep.yaml"), seeds=[3])
+    assert cli("extract", tmp_path / "toy.yaml").exit_code == 0
+    command = [sys.executable, str(ROOT / "pipeline.py"), "sweep", str(path)]
+    both = [subprocess.Popen(command, stdout=PIPE, stderr=STDOUT, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert {process.returncode for process in both} <= {0, 2}
+    assert not any("Traceback" in words or "Errno" in words for words in said), said
+    done = cli("sweep", path)
+    assert "4 runs, 4 of them done" in done.output
+    assert len(done.stdout.strip().splitlines()) == 1 + 1 + 4  # said, head of the table, runs
 
 
 def test_mean_and_deviation() -> None:

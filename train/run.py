@@ -59,9 +59,9 @@ class Run:
         self._features = folder / "features.json"
 
     @classmethod
-    def create(cls, recipe: Recipe, overwrite: bool = False, remedy: str = _REMEDY) -> "Run":
+    def create(cls, recipe: Recipe, overwrite: bool = False) -> "Run":
         """The recipe's run folder: a new one, or the one to resume; EpalmError as in `planned`."""
-        run = cls.planned(recipe, overwrite, remedy)
+        run = cls.planned(recipe, overwrite)
         written = run.folder / "recipe.yaml"
         if written.is_file() and overwrite:
             old = run.folder.with_name(f".{run.folder.name}.old")
