@@ -12,7 +12,7 @@ from step_world import MEDIA_SHAPES, PROMPT, VARIANTS, Case, World
 from torch.nn.functional import cross_entropy
 
 from epalm.extract.encoder import Encoder, build
-from epalm.model import attention
+from epalm.model import attention, prepacked
 from epalm.model.augmented import AugmentedLM
 from epalm.model.shared import SharedLM
 from epalm.model.text import Equal
@@ -22,6 +22,7 @@ from epalm.train.optimiser import make_optimiser, set_learning_rates
 from epalm.train.text_states import open_text_states
 from epalm.train.together import join
 
+Step = Callable[[], torch.Tensor]
 IN_LOOP = {"float32": "encoder in loop", "bfloat16": "encoder, bf16"}
 
 
@@ -36,16 +37,17 @@ class Steps:
         self.optimiser = make_optimiser(self.model, self.config)
         self.number = 0
         self.image = torch.randn(case.batch, *MEDIA_SHAPES["image"])
-        fused = self._with_fused_attention
-        self.by_name: dict[str, Callable[[], torch.Tensor]] = {
+        fused, plain = self._with_fused_attention, self._without_prepacking
+        self.by_name: dict[str, Step] = {
             "encoder in loop": fused(lambda: self._step(self._encoder_in_loop("float32"))),
             "naive": fused(lambda: self._step(self._naive(logits_at_labels=False, graph=True))),
             "logits": fused(lambda: self._step(self._naive(logits_at_labels=True, graph=True))),
             "graph": fused(lambda: self._step(self._naive(logits_at_labels=True, graph=False))),
-            "attention": lambda: self._step(self._naive(logits_at_labels=True, graph=False)),
-            "prefix": lambda: self._step(self._apart),
-            "packed": lambda: self._step(self._whole_last_layer),
-            "last": lambda: self._step(self._shared),
+            "attention": plain(lambda: self._step(self._naive(logits_at_labels=True, graph=False))),
+            "prefix": plain(lambda: self._step(self._apart)),
+            "packed": plain(lambda: self._step(self._whole_last_layer)),
+            "last": plain(lambda: self._step(self._shared)),
+            "prepacked": lambda: self._step(self._shared),
             "halves": self._step_in_halves,
             "three, together": self._step_of_three,
         }
@@ -114,18 +116,14 @@ class Steps:
         return loss.detach()
 
     @staticmethod
-    def _with_fused_attention(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def _with_fused_attention(step: Step) -> Step:
         """The step with torch's own attention, as Hugging Face's models have it."""
+        return Steps._without_prepacking(_on_no_device(attention.WRITTEN_OUT_ON, step))
 
-        def stepped() -> torch.Tensor:
-            written_out = attention.WRITTEN_OUT_ON.copy()
-            attention.WRITTEN_OUT_ON.clear()
-            try:
-                return step()
-            finally:
-                attention.WRITTEN_OUT_ON.update(written_out)
-
-        return stepped
+    @staticmethod
+    def _without_prepacking(step: Step) -> Step:
+        """The step with linear layers as Hugging Face's models have them."""
+        return _on_no_device(prepacked.PREPACKED_ON, step)
 
     @cached_property
     def _encoders(self) -> dict[str, Encoder]:
@@ -164,7 +162,7 @@ class Steps:
             return model.extend(model.perceive(features, rows), ids, mask, equal)[:, -batch.last :]
 
         apart = SimpleNamespace(
-            lm=model.lm, trained=model.trained, family=model.family, states=states
+            lm=model.lm, trained=model.trained, logits=model.logits, states=states
         )
         return self._shared(apart, batch)
 
@@ -180,6 +178,20 @@ class Steps:
         return sums.sum() / counts.sum()
 
 
+def _on_no_device(devices: set[str], step: Step) -> Step:
+    """The step without what is done on these devices."""
+
+    def stepped() -> torch.Tensor:
+        usual = devices.copy()
+        devices.clear()
+        try:
+            return step()
+        finally:
+            devices.update(usual)
+
+    return stepped
+
+
 def _joint_loss(
     model: AugmentedLM, batch: Batch, features: torch.Tensor, at_labels: bool, graph: bool
 ) -> torch.Tensor:
@@ -192,8 +204,8 @@ def _joint_loss(
     if at_labels:
         text = states[:, -batch.last :].flatten(0, 1)[batch.labelled]
         labels = batch.labels[:, -batch.last :].flatten()[batch.labelled]
-        return cross_entropy(model.family.logits(text).float(), labels)
-    logits = model.family.logits(states)[:, -batch.labels.shape[1] :].flatten(0, 1)
+        return cross_entropy(model.logits(text).float(), labels)
+    logits = model.logits(states)[:, -batch.labels.shape[1] :].flatten(0, 1)
     return cross_entropy(logits.float(), batch.labels.flatten())
 
 

@@ -68,7 +68,7 @@ class Generator(GenerationMixin):
         else:
             raise ValueError("give features, or a cache made by perceive()")
         return CausalLMOutputWithPast(
-            logits=model.family.logits(hidden[:, -logits_to_keep:]), past_key_values=past_key_values
+            logits=model.logits(hidden[:, -logits_to_keep:]), past_key_values=past_key_values
         )
 
     def generate_about(

@@ -1,0 +1,147 @@
+"""Linear layers with reordered weights give what they gave before, to the last bit."""
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from epalm.config import VariantConfig
+from epalm.model import prepacked as module
+from epalm.model.augmented import AugmentedLM
+from epalm.model.prepacked import linears_in, prepacked
+from epalm.train.loss import example_losses
+from tests.conftest import tiny_llama, tiny_opt
+
+pytestmark = pytest.mark.skipif(
+    not module._supported(), reason="this processor has no instructions for it"
+)
+TEXTS, TOKENS, LAYERS, DIM = 3, 5, 4, 20
+VARIANT = VariantConfig(encoder_layers=2, prompt_length=2)
+
+
+def linear(width: int = 40, out: int = 24, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(width, out, bias=bias).to(torch.bfloat16).requires_grad_(False)
+
+
+def is_prepacked(linear: nn.Linear) -> bool:
+    return "forward" in vars(linear)
+
+
+@pytest.mark.parametrize("shape", [(40,), (1, 40), (3, 7, 40), (0, 40), (300, 40)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_output_and_gradient_are_the_same(shape: tuple[int, ...], bias: bool) -> None:
+    lin, (states, same) = linear(bias=bias), (torch.empty(shape), torch.empty(shape))
+    states = torch.randn(shape).to(torch.bfloat16).requires_grad_()
+    same = states.detach().clone().requires_grad_()
+    plain = lin(states)
+    with prepacked(lin, [lin], 1):
+        assert is_prepacked(lin)
+        ours = lin(same)
+    gradient = torch.randn_like(plain)
+    plain.backward(gradient)
+    ours.backward(gradient)
+    assert torch.equal(plain, ours) and torch.equal(states.grad, same.grad)
+
+
+def test_states_need_not_lie_side_by_side() -> None:
+    lin, states = linear(), torch.randn(40, 6).to(torch.bfloat16).t()
+    gradient = torch.ones(1, dtype=torch.bfloat16).expand(6, 24)
+    states.requires_grad_()
+    (expected,) = torch.autograd.grad(lin(states), states, gradient)
+    with prepacked(lin, [lin], 6):
+        out = lin(states)
+    assert torch.equal(out, lin(states))
+    assert torch.equal(torch.autograd.grad(out, states, gradient)[0], expected)
+
+
+def test_only_frozen_bfloat16_layers_with_few_rows() -> None:
+    trained = linear().requires_grad_()
+    wide = linear().float()
+    few = linear()
+    every = nn.ModuleList((trained, wide, few))
+    with prepacked(every, linears_in(every), module._MANY - 1):
+        assert [is_prepacked(each) for each in every] == [False, False, True]
+    with prepacked(every, linears_in(every), module._MANY):
+        assert not is_prepacked(few)
+
+
+def test_a_layer_is_itself_again() -> None:
+    lin = linear()
+    with pytest.raises(ZeroDivisionError), prepacked(lin, [lin], 1):
+        raise ZeroDivisionError
+    assert not is_prepacked(lin)
+
+
+def test_a_pass_within_a_pass() -> None:
+    lin, states = linear(), torch.randn(2, 40).to(torch.bfloat16)
+    with prepacked(lin, [lin], 1):
+        with prepacked(lin, [lin], 1):
+            inner = lin(states)
+        assert is_prepacked(lin)
+    assert torch.equal(inner, lin(states))
+
+
+def test_changed_weights_count() -> None:
+    lin, states = linear(), torch.randn(2, 40).to(torch.bfloat16)
+    for change in (
+        lambda: lin.weight.mul_(2),
+        lambda: lin.load_state_dict({n: -t for n, t in lin.state_dict().items()}),
+        lambda: setattr(lin, "weight", nn.Parameter(lin.weight + 1, requires_grad=False)),
+        lambda: setattr(lin, "bias", nn.Parameter(lin.bias + 1, requires_grad=False)),
+    ):
+        with prepacked(lin, [lin], 1):
+            lin(states)
+        change()
+        with prepacked(lin, [lin], 1):
+            ours = lin(states)
+        assert torch.equal(ours, lin(states))
+
+
+def test_without_memory_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = SimpleNamespace(total=1000, available=250)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    lin = linear()
+    states = torch.randn(2, 40).to(torch.bfloat16).requires_grad_()
+    with prepacked(lin, [lin], 1):
+        out = lin(states)
+    out.sum().backward()
+    assert torch.equal(out, lin(states)) and states.grad is not None
+    assert set(module._kept[lin]._by_direction.values()) == {None}
+
+
+def test_what_is_kept_goes_with_the_layer() -> None:
+    lin = linear()
+    with prepacked(lin, [lin], 1):
+        lin(torch.randn(2, 40).to(torch.bfloat16))
+    kept = weakref.ref(module._kept[lin])
+    del lin
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.parametrize("make", [tiny_opt, tiny_llama])
+def test_a_training_step_and_generation(make: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses, gradients and answers, with and without, of all linear layers of an LM."""
+    lm = make().to(torch.bfloat16)  # type: ignore[operator]
+    torch.manual_seed(0)
+    model = AugmentedLM.from_config(lm, VARIANT, LAYERS, DIM)
+    features = torch.randn(TEXTS, VARIANT.encoder_layers, DIM)
+    ids = torch.randint(3, 300, (TEXTS, TOKENS))
+    found = []
+    for devices in ({"cpu"}, set()):
+        monkeypatch.setattr(module, "PREPACKED_ON", devices)
+        model.zero_grad()
+        sums, _ = example_losses(model, ids, torch.ones_like(ids), ids.clone(), features)
+        sums.sum().backward()
+        gradients = [p.grad for p in model.trained.parameters()]
+        answers = model.generate(ids, None, features, max_new_tokens=4, do_sample=False)
+        found.append((sums.detach(), *gradients, answers))
+    for with_it, without in zip(*found, strict=True):
+        assert torch.equal(with_it, without)
+    used = [linear for linear in linears_in(lm) if linear in module._kept]
+    assert used == linears_in(lm)
+    assert all(len(module._kept[linear]._by_direction) == 2 for linear in used)
