@@ -162,7 +162,7 @@ class Steps:
             return model.extend(model.perceive(features, rows), ids, mask, equal)[:, -batch.last :]
 
         apart = SimpleNamespace(
-            lm=model.lm, trained=model.trained, logits=model.logits, states=states
+            lm=model.lm, trained=model.trained, family=model.family, states=states
         )
         return self._shared(apart, batch)
 
@@ -204,8 +204,8 @@ def _joint_loss(
     if at_labels:
         text = states[:, -batch.last :].flatten(0, 1)[batch.labelled]
         labels = batch.labels[:, -batch.last :].flatten()[batch.labelled]
-        return cross_entropy(model.logits(text).float(), labels)
-    logits = model.logits(states)[:, -batch.labels.shape[1] :].flatten(0, 1)
+        return cross_entropy(model.family.logits(text).float(), labels)
+    logits = model.family.logits(states)[:, -batch.labels.shape[1] :].flatten(0, 1)
     return cross_entropy(logits.float(), batch.labels.flatten())
 
 

@@ -32,7 +32,6 @@ from epalm.model.injection import InjectionPlan
 from epalm.model.layers import Layers, positions
 from epalm.model.masks import joint_mask
 from epalm.model.prefix import Prefix
-from epalm.model.prepacked import linears_in, prepacked
 from epalm.model.pretrained import PretrainedMixin
 from epalm.model.room import Room
 from epalm.model.soft_prompt import SoftPrompt
@@ -70,8 +69,6 @@ class AugmentedLM(PretrainedMixin, nn.Module):
         self.family = family_of(lm)
         self.plan = plan
         self.layers = Layers(lm, self.family, plan, self._adapted)
-        in_layers = {linear for layer in self.family.layers for linear in linears_in(layer)}
-        self._beside_layers = [linear for linear in linears_in(lm) if linear not in in_layers]
         self.trained = nn.ModuleDict({"connection": connection})
         if prompt is not None:
             kind = "soft_prompt" if isinstance(prompt, SoftPrompt) else "deep_prompt"
@@ -265,16 +262,6 @@ class AugmentedLM(PretrainedMixin, nn.Module):
             call = layers.call(hidden, places[first:], of_text, prefix.length, mask)
             hidden = layers.run(some, hidden, call, None, prefix.enter)
         return hidden
-
-    def logits(self, states: torch.Tensor, among: int = 0) -> torch.Tensor:
-        """(…, V) of states (…, H) that leave the last layer, before the final norm.
-
-        Args:
-            among: so many states of the same pass, if more.
-        """
-        rows = max(among, states.shape[:-1].numel())
-        with prepacked(self.lm, self._beside_layers, rows):
-            return self.family.logits(states)
 
     def forward(self, *inputs: Any, **named: Any) -> CausalLMOutputWithPast:
         """Logits in Hugging Face's form; see `Generator.forward`."""

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from epalm.device import send
 from epalm.model.cache import PrefixCache
 from epalm.model.connection import Features, to_device, tokens_of
+from epalm.model.prepacked import prepacked
 from epalm.model.room import Wanted
 from epalm.model.text import Equal
 
@@ -58,18 +59,17 @@ class Generator(GenerationMixin):
         if attention_mask is None:  # as Hugging Face leaves it when nothing is padded
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
-        if past_key_values is not None:
-            equal, past_key_values.equal = past_key_values.equal, None
-            hidden = model.extend(
-                past_key_values, input_ids, attention_mask, equal=equal, last=logits_to_keep or None
-            )
-        elif features is not None:
-            hidden = model.states(input_ids, attention_mask, features, rows)
-        else:
+        if past_key_values is None and features is None:
             raise ValueError("give features, or a cache made by perceive()")
-        return CausalLMOutputWithPast(
-            logits=model.logits(hidden[:, -logits_to_keep:]), past_key_values=past_key_values
-        )
+        with prepacked(self.lm, input_ids.numel()):
+            if past_key_values is not None:
+                equal, past_key_values.equal = past_key_values.equal, None
+                last = logits_to_keep or None
+                hidden = model.extend(past_key_values, input_ids, attention_mask, equal, last)
+            else:
+                hidden = model.states(input_ids, attention_mask, features, rows)
+            logits = model.family.logits(hidden[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
     def generate_about(
         self,
@@ -93,7 +93,8 @@ class Generator(GenerationMixin):
         room.check_generation(int(attention_mask.sum(dim=1).max()), wanted.new_tokens)
         source: dict[str, Any]
         if use_cache and not model.reference_mask:
-            cache = model.perceive(features, rows.repeat_interleave(wanted.copies))
+            with prepacked(self.lm, input_ids.numel()):
+                cache = model.perceive(features, rows.repeat_interleave(wanted.copies))
             texts = map(tuple, torch.cat((input_ids, attention_mask), dim=1).tolist())
             cache.equal = Equal.among(texts, model.device).repeat(wanted.copies)
             source = {"past_key_values": cache, "use_cache": True}

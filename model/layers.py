@@ -18,7 +18,6 @@ from epalm.model.injection import InjectionPlan
 from epalm.model.masks import added_to_scores, prefix_mask, text_mask
 from epalm.model.packing import Packing
 from epalm.model.prefix import Prefix
-from epalm.model.prepacked import linears_in, prepacked
 
 _MANY = 512  # tokens; for fewer, to read the weights twice costs more than a gradient too many
 Adapted = Callable[[range, Sequence[int] | None], AbstractContextManager[None]]
@@ -51,7 +50,6 @@ class Layers:
         self.last = range(count - 1, count)
         self.injected = range(plan.start, count)
         self._lm, self._family, self._plan, self._adapted = lm, family, plan, adapted
-        self._linears = [linears_in(layer) for layer in family.layers]
 
     def run(
         self,
@@ -72,13 +70,7 @@ class Layers:
             enter: what enters a layer, of its number and what left the one before; None: just that.
             counts: of several runs, `Prefix.states_of_runs`.
         """
-        linears = [linear for index in layers for linear in self._linears[index]]
-        rows = hidden.shape[:-1].numel()
-        with (
-            own_attention(self._lm),
-            prepacked(self._lm, linears, rows),
-            self._adapted(layers, counts),
-        ):
+        with own_attention(self._lm), self._adapted(layers, counts):
             for index in layers:
                 if enter is not None:
                     hidden = enter(index, hidden)

@@ -6,7 +6,7 @@ beside the others. The functions for it are those that torch's own compiler uses
 the same to the last bit.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -20,21 +20,24 @@ from torch.autograd.function import once_differentiable
 from epalm.model.in_use import in_use
 
 PREPACKED_ON = {"cpu"}
-_MANY = 512  # rows; from here on it saves a tenth of the time, which is not worth the memory
+_MANY = 512  # tokens; from here on it saves a tenth of the time, which is not worth the memory
 _FREE = 0.25  # of the machine's memory, to be left by the weights kept here
 
+_linears: WeakKeyDictionary[nn.Module, list[nn.Linear]] = WeakKeyDictionary()
 _kept: WeakKeyDictionary[nn.Linear, "_Prepacked"] = WeakKeyDictionary()
 
 
 @contextmanager
-def prepacked(lm: nn.Module, linears: Iterable[nn.Linear], rows: int) -> Iterator[None]:
-    """Within it, these linear layers of an LM compute with reordered weights, where that pays.
+def prepacked(lm: nn.Module, tokens: int) -> Iterator[None]:
+    """Within it, the frozen linear layers of an LM compute with reordered weights, where that pays.
 
     Args:
-        rows: that they are given at once.
+        tokens: of text, in this pass.
     """
     with in_use(lm):
-        ours = [linear for linear in linears if _can_be(linear)] if rows < _MANY else []
+        if lm not in _linears:
+            _linears[lm] = linears_in(lm)
+        ours = [linear for linear in _linears[lm] if _can_be(linear)] if tokens < _MANY else []
         for linear in ours:
             vars(linear)["forward"] = _of(linear)
         try:
@@ -140,10 +143,12 @@ def _can_be(linear: nn.Linear) -> bool:
 
 @cache
 def _supported() -> bool:
-    """By this machine, and by this torch: what is used of it is not documented."""
+    """By this machine, of the only kind on which it was tried, and by this torch, which does not
+    document what is used of it."""
     ops = torch.ops.mkldnn
     return (
-        hasattr(ops, "_reorder_linear_weight")
+        torch.cpu.get_capabilities().get("architecture") == "x86_64"
+        and hasattr(ops, "_reorder_linear_weight")
         and hasattr(ops, "_linear_pointwise")
         and bool(ops._is_mkldnn_bf16_supported())
     )

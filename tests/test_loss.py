@@ -103,7 +103,7 @@ def test_in_pieces_is_as_at_once(dtype: torch.dtype, error: float) -> None:
     labels = torch.randint(VOCABULARY, (count,))
     found = []
     for losses_of in (loss._InPieces.apply, loss._losses):
-        losses = losses_of(states, labels, family.logits)
+        losses = losses_of(states, labels, family)
         assert losses.dtype == torch.float32
         found.append((losses, *torch.autograd.grad(losses.sum(), states)))
     for mine, expected in zip(*found, strict=True):

@@ -38,7 +38,7 @@ def test_output_and_gradient_are_the_same(shape: tuple[int, ...], bias: bool) ->
     states = torch.randn(shape).to(torch.bfloat16).requires_grad_()
     same = states.detach().clone().requires_grad_()
     plain = lin(states)
-    with prepacked(lin, [lin], 1):
+    with prepacked(lin, 1):
         assert is_prepacked(lin)
         ours = lin(same)
     gradient = torch.randn_like(plain)
@@ -52,7 +52,7 @@ def test_states_need_not_lie_side_by_side() -> None:
     gradient = torch.ones(1, dtype=torch.bfloat16).expand(6, 24)
     states.requires_grad_()
     (expected,) = torch.autograd.grad(lin(states), states, gradient)
-    with prepacked(lin, [lin], 6):
+    with prepacked(lin, 6):
         out = lin(states)
     assert torch.equal(out, lin(states))
     assert torch.equal(torch.autograd.grad(out, states, gradient)[0], expected)
@@ -63,23 +63,23 @@ def test_only_frozen_bfloat16_layers_with_few_rows() -> None:
     wide = linear().float()
     few = linear()
     every = nn.ModuleList((trained, wide, few))
-    with prepacked(every, linears_in(every), module._MANY - 1):
+    with prepacked(every, module._MANY - 1):
         assert [is_prepacked(each) for each in every] == [False, False, True]
-    with prepacked(every, linears_in(every), module._MANY):
+    with prepacked(every, module._MANY):
         assert not is_prepacked(few)
 
 
 def test_a_layer_is_itself_again() -> None:
     lin = linear()
-    with pytest.raises(ZeroDivisionError), prepacked(lin, [lin], 1):
+    with pytest.raises(ZeroDivisionError), prepacked(lin, 1):
         raise ZeroDivisionError
     assert not is_prepacked(lin)
 
 
 def test_a_pass_within_a_pass() -> None:
     lin, states = linear(), torch.randn(2, 40).to(torch.bfloat16)
-    with prepacked(lin, [lin], 1):
-        with prepacked(lin, [lin], 1):
+    with prepacked(lin, 1):
+        with prepacked(lin, 1):
             inner = lin(states)
         assert is_prepacked(lin)
     assert torch.equal(inner, lin(states))
@@ -93,10 +93,10 @@ def test_changed_weights_count() -> None:
         lambda: setattr(lin, "weight", nn.Parameter(lin.weight + 1, requires_grad=False)),
         lambda: setattr(lin, "bias", nn.Parameter(lin.bias + 1, requires_grad=False)),
     ):
-        with prepacked(lin, [lin], 1):
+        with prepacked(lin, 1):
             lin(states)
         change()
-        with prepacked(lin, [lin], 1):
+        with prepacked(lin, 1):
             ours = lin(states)
         assert torch.equal(ours, lin(states))
 
@@ -106,7 +106,7 @@ def test_without_memory_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("psutil.virtual_memory", lambda: free)
     lin = linear()
     states = torch.randn(2, 40).to(torch.bfloat16).requires_grad_()
-    with prepacked(lin, [lin], 1):
+    with prepacked(lin, 1):
         out = lin(states)
     out.sum().backward()
     assert torch.equal(out, lin(states)) and states.grad is not None
@@ -114,11 +114,11 @@ def test_without_memory_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_is_kept_goes_with_the_layer() -> None:
-    lin = linear()
-    with prepacked(lin, [lin], 1):
-        lin(torch.randn(2, 40).to(torch.bfloat16))
-    kept = weakref.ref(module._kept[lin])
-    del lin
+    lm = nn.Sequential(linear())
+    with prepacked(lm, 1):
+        lm(torch.randn(2, 40).to(torch.bfloat16))
+    kept = weakref.ref(module._kept[lm[0]])
+    del lm
     gc.collect()
     assert kept() is None
 

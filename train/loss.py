@@ -1,8 +1,6 @@
 """Cross-entropy of the text, with logits made only where there is a label, and not all at once."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +8,12 @@ from torch.nn.functional import cross_entropy
 
 from epalm.model.augmented import AugmentedLM
 from epalm.model.connection import Features
+from epalm.model.families.base import LMFamily
+from epalm.model.prepacked import prepacked
 from epalm.model.relu import lean_relus
 from epalm.model.text import Equal
 from epalm.train.batches import Batch
 
-LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # (N, H) to (N, V)
 _PIECE = 128  # labels whose logits are made at once: few for memory, yet enough for fast products
 _ROWS = 32  # of these, whose softmax is made at once, in float32 at least: few for memory
 
@@ -57,27 +56,26 @@ def example_losses(
         labelled: (N,) where in the flat labels of these the others are; None: looked for.
     """
     frozen = "lm" not in model.trained
-    with lean_relus(model.lm) if frozen else nullcontext():
-        states = model.states(input_ids, attention_mask, features, rows, equal, text_states, last)
     if last is not None:
         labels = labels[:, -last:]
     flat = labels.flatten()
     if labelled is None:
         labelled = (flat != -100).nonzero()[:, 0]
-    states, wanted = states.flatten(0, 1)[labelled], flat[labelled]
-    logits_of = partial(model.logits, among=input_ids.numel())
-    if frozen and states.requires_grad:
-        losses = _InPieces.apply(states, wanted, logits_of)
-    else:
-        losses = _losses(states, wanted, logits_of)
+    with prepacked(model.lm, input_ids.numel()), lean_relus(model.lm) if frozen else nullcontext():
+        states = model.states(input_ids, attention_mask, features, rows, equal, text_states, last)
+        states, wanted = states.flatten(0, 1)[labelled], flat[labelled]
+        if frozen and states.requires_grad:
+            losses = _InPieces.apply(states, wanted, model.family)
+        else:
+            losses = _losses(states, wanted, model.family)
     row_of = labelled // labels.shape[1]
     sums = losses.new_zeros(len(labels)).index_add(0, row_of, losses)
     return sums, (labels != -100).sum(dim=1)
 
 
-def _losses(states: torch.Tensor, labels: torch.Tensor, logits_of: LogitsOf) -> torch.Tensor:
+def _losses(states: torch.Tensor, labels: torch.Tensor, family: LMFamily) -> torch.Tensor:
     """Cross-entropy (N,) of states (N, H) leaving the last layer, and labels (N,)."""
-    return cross_entropy(_wide(logits_of(states)), labels, reduction="none")
+    return cross_entropy(_wide(family.logits(states)), labels, reduction="none")
 
 
 def _into_gradient(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -104,13 +102,13 @@ class _InPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: torch.Tensor, labels: torch.Tensor, logits_of: LogitsOf
+        ctx: Any, states: torch.Tensor, labels: torch.Tensor, family: LMFamily
     ) -> torch.Tensor:
         losses, gradients = [], []
         for some, wanted in zip(states.split(_PIECE), labels.split(_PIECE), strict=True):
             some = some.detach().requires_grad_()
             with torch.enable_grad():
-                logits = logits_of(some)
+                logits = family.logits(some)
             gradient = logits.detach()  # the same memory: for their own graph they are of no use
             for rows in zip(gradient.split(_ROWS), wanted.split(_ROWS), strict=True):
                 losses.append(_into_gradient(*rows))
