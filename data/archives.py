@@ -6,6 +6,7 @@ each process, up to OPEN_ARCHIVES of them.
 """
 
 import errno
+import lzma
 import os
 import posixpath
 import stat
@@ -28,7 +29,7 @@ SUFFIXES = (".zip", ".tar")
 # what zipfile raises for a damaged member; NotImplementedError: of a packing it does not know
 _DAMAGED = (
     KeyError, RuntimeError, NotImplementedError, EOFError, struct.error, zipfile.BadZipFile,
-    zlib.error,
+    zlib.error, lzma.LZMAError,
 )  # fmt: skip
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".7z", ".rar")
 

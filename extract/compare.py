@@ -1,8 +1,10 @@
-"""Specs side by side: of feature sets on disk, and of those that recipes ask for."""
+"""Feature sets by folder or recipe, and their specs side by side."""
 
 from pathlib import Path
+from typing import NamedTuple
 
-from epalm.config import load_recipe
+from epalm.config import Recipe, load_recipe
+from epalm.data.sources import naming
 from epalm.errors import EpalmError
 from epalm.extract.columns import column_specs
 from epalm.extract.encoder import describe
@@ -10,8 +12,20 @@ from epalm.store.feature_set import FeatureSet, find, open_set
 from epalm.store.spec import ColumnSpec, FeatureSpec
 
 
-def feature_set(target: Path, overrides: tuple[str, ...] = ()) -> FeatureSet:
-    """The set in a folder, or the one that a recipe names.
+class SetOfSources(NamedTuple):
+    """A feature set, and the sources whose features it keeps.
+
+    Attributes:
+        features: the set.
+        recipes: by source name, the recipe that each would have by itself; none of a folder.
+    """
+
+    features: FeatureSet
+    recipes: dict[str, Recipe]
+
+
+def feature_sets(target: Path, overrides: tuple[str, ...] = ()) -> list[SetOfSources]:
+    """The set in a folder, or those that a recipe's sources need.
 
     Raises:
         EpalmError: neither, or overrides of a folder.
@@ -19,16 +33,20 @@ def feature_set(target: Path, overrides: tuple[str, ...] = ()) -> FeatureSet:
     if target.is_dir():
         if overrides:
             raise EpalmError(f"--set {overrides[0]}: {target} is a feature set, not a recipe")
-        return open_set(target)
+        return [SetOfSources(open_set(target), {})]
     if not target.exists():
         raise EpalmError(f"{target}: neither a feature set's folder nor a recipe")
-    return set_of_recipe(target, overrides)
+    return sets_of_recipe(load_recipe(target, overrides))
 
 
-def set_of_recipe(path: Path, overrides: tuple[str, ...] = ()) -> FeatureSet:
-    """The feature set that a recipe names; EpalmError when there is none."""
-    recipe = load_recipe(path, overrides)
-    return find(Path(recipe.store.root), describe(recipe), recipe.encoder.weights)
+def sets_of_recipe(recipe: Recipe) -> list[SetOfSources]:
+    """The sets that a recipe's sources need, each once; EpalmError when one is not there."""
+    found: dict[Path, SetOfSources] = {}
+    for name, alone in recipe.sources().items():
+        with naming(name, bool(recipe.also)):
+            features = find(Path(alone.store.root), describe(alone), alone.encoder.weights)
+        found.setdefault(features.folder, SetOfSources(features, {})).recipes[name] = alone
+    return list(found.values())
 
 
 def differences(one: Path, other: Path) -> list[str]:

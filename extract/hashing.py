@@ -29,7 +29,9 @@ def hash_media(dataset: Dataset, features: FeatureSet) -> Catalogue:
     """
     before = features.catalogue(dataset.name)
     found = Catalogue(dataset.root.name)
-    _check_name(dataset, before, found)
+    # packed, say, or another dataset: of which equal sizes and times would say nothing
+    doubtful = found.root != before.root and bool(before.root) and _is_here(before.root)
+    known = {} if doubtful else before.media
     saved = time.monotonic()
     everything = list(dataset.media.values())
     with (
@@ -37,18 +39,20 @@ def hash_media(dataset: Dataset, features: FeatureSet) -> Catalogue:
         tqdm(total=len(everything), desc="hash", unit="media", leave=False) as bar,
     ):
         for piece in chunks(everything, HASH_PIECE):
-            results = pool.map(lambda media: _look(media, before.media.get(media.id)), piece)
+            results = pool.map(lambda media: _look(media, known.get(media.id)), piece)
             for media, result in zip(piece, results, strict=True):
                 if isinstance(result, CatalogueEntry):
                     found.media[media.id] = result
                 else:
-                    reason = f"cannot be read: {result.strerror}"
+                    reason = f"cannot be read: {result.strerror or result}"
                     failure = Failure(media.id, reason, type(result).__name__)
                     found.unreadable[media.id] = failure
-            if time.monotonic() - saved > SAVE_SECONDS:
+            if time.monotonic() - saved > SAVE_SECONDS and not doubtful:
                 features.add_to_catalogue(dataset.name, found)
                 saved = time.monotonic()
             bar.update(len(piece))
+    if doubtful:
+        _check_same(dataset, before, found)
     if _is_news(found, before):  # else nothing is written: the store may be read-only
         features.add_to_catalogue(dataset.name, found)
     return found
@@ -71,21 +75,24 @@ def _look(media: Media, known: CatalogueEntry | None) -> CatalogueEntry | OSErro
 
 
 def _is_news(found: Catalogue, before: Catalogue) -> bool:
-    moved = found.root != before.root and not _is_here(before.root)
     return (
-        moved
+        found.root != before.root
         or not found.media.items() <= before.media.items()
         or not found.unreadable.items() <= before.unreadable.items()
     )
 
 
-def _check_name(dataset: Dataset, before: Catalogue, found: Catalogue) -> None:
-    """Two datasets must not share a name; one whose folder was moved keeps its own."""
-    if before.root and before.root != found.root and _is_here(before.root):
-        raise EpalmError(
-            f"data.name: {dataset.name!r} already stands for the media in {before.root}; give the "
-            "dataset another name"
-        )
+def _check_same(dataset: Dataset, before: Catalogue, found: Catalogue) -> None:
+    """Two datasets must not share a name; one that was copied or packed keeps its own."""
+    shared = sorted(found.media.keys() & before.media.keys())
+    other = [m for m in shared if found.media[m].content_hash != before.media[m].content_hash]
+    if shared and not other:
+        return
+    why = f"where {other[0]} is another file" if other else "none of which it has"
+    raise EpalmError(
+        f"data.name: {dataset.name!r} already stands for the media in {before.root}, {why}; give "
+        "the dataset another name"
+    )
 
 
 def _is_here(root: str) -> bool:

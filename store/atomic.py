@@ -6,7 +6,7 @@ import json
 import os
 import reprlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -25,6 +25,8 @@ _REFUSED = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR
 }  # fmt: skip
 """A full disk is none of them: there the folder is right."""
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 class Draft:
@@ -109,11 +111,20 @@ def writing_into(folder: Path, field: str) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock, waiting for it; the system ends it when the process dies."""
+    """Hold an exclusive lock, waiting for it; the system ends it when the process dies.
+
+    Raises:
+        EpalmError: its folder is gone, or the file system has no locks.
+    """
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            stream = path.open("a")
+        except FileNotFoundError:  # to make it would be in the way of a conversion
+            raise EpalmError(
+                f"{path.parent}: was moved or deleted meanwhile; run the same command again"
+            ) from None
+        with stream:
+            _flock(stream, path, fcntl.LOCK_EX)
             if _is_still(stream, path):  # else the folder was replaced while we waited
                 yield
                 return
@@ -124,18 +135,23 @@ def claim(path: Path) -> BinaryIO | None:
 
     None when another process holds it, or when it is gone. The system ends the lock of a process
     that dies, so that a stale claim cannot be.
+
+    Raises:
+        EpalmError: the file system has no locks.
     """
     try:
         stream = path.open("rb+")  # network file systems lock only what is open for writing
     except FileNotFoundError:
         return None
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with ExitStack() as unless_held:
+        unless_held.enter_context(stream)
+        try:
+            _flock(stream, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
         if _is_still(stream, path):
+            unless_held.pop_all()
             return stream
-    except BlockingIOError:
-        pass
-    stream.close()
     return None
 
 
@@ -193,6 +209,19 @@ def _begin_writeback(descriptor: int, begin: int, length: int) -> None:
     """Let the disk begin before the fsync; dirty pages are written, not dropped, by this advice."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, begin, length, os.POSIX_FADV_DONTNEED)
+
+
+def _flock(stream: IO[Any], path: Path, how: int) -> None:
+    """Lock an open file; EpalmError where its file system cannot."""
+    try:
+        fcntl.flock(stream, how)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise EpalmError(
+            f"{path}: its file system has no locks ({error.strerror}); set the folder it is in "
+            "(store.root, or runs) to one on another disk"
+        ) from None
 
 
 def _is_still(stream: IO[Any], path: Path) -> bool:

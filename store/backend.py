@@ -1,6 +1,7 @@
 """What a shard backend must do, and the table of those there are."""
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +10,9 @@ from numpy.typing import NDArray
 
 from epalm.errors import EpalmError
 from epalm.store.blocks import DraftBlock
+
+Told = Mapping[int, tuple[str, NDArray[np.bool_]]]
+"""By number of a block, its number format, and (n,) False where a row holds nothing."""
 
 
 class ShardBackend(Protocol):
@@ -47,6 +51,17 @@ class ShardBackend(Protocol):
 
     def valid(self, shard: int, rows: int) -> NDArray[np.bool_]:
         """What other readers are told: which rows (n,) hold features."""
+        ...
+
+    def tell_anew(self, shards: int, told: Told) -> None:
+        """Write again what other readers are told of whole blocks; features stay as they are.
+
+        Called under the column's lock.
+
+        Args:
+            shards: blocks 0 to `shards` - 1 may be there.
+            told: of some of them.
+        """
         ...
 
     def files(self, shard: int) -> list[Path]:

@@ -3,6 +3,7 @@
 import hashlib
 import resource
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from epalm.store.atomic import Draft
 
 MOST_FILES = 65_536
+FEWER_FILES = 10_240
+"""What macOS allows, though it names no limit."""
 
 
 class DraftBlock(NamedTuple):
@@ -62,9 +65,13 @@ def checksum(rows: NDArray[np.generic]) -> str:
 def allow_many_files() -> None:
     """Raise this process's limit on open files as far as it may: a mapped block holds one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    if soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    for wanted in (MOST_FILES, FEWER_FILES):
+        most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        if soft >= most:
+            return
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            return
 
 
 def _as_bytes(rows: NDArray[np.generic]) -> memoryview:

@@ -120,6 +120,10 @@ class Column:
             out[begin:end] = block[offset : offset + end - begin, layers]
         return out
 
+    def known(self) -> dict[int, Marker]:
+        """Markers of all shards, whole or damaged, that have a readable one."""
+        return {marker.shard: marker for marker in [*self.markers.values(), *self.damaged]}
+
     def block(self, shard: int) -> NDArray[np.generic]:
         """A shard's rows, mapped, not checked: (n, layers, tokens, D)."""
         marker = self.markers[shard]
@@ -132,9 +136,8 @@ class Column:
     def is_told_rightly(self, shard: int) -> bool:
         """Other readers are told the same of the shard as its marker says."""
         marker = self.markers[shard]
-        expected = np.array([h not in marker.failed for h in marker.hashes])
         try:
-            return np.array_equal(self.backend.valid(shard, len(expected)), expected)
+            return np.array_equal(self.backend.valid(shard, len(marker.hashes)), marker.valid)
         except Exception:  # whatever the backend's library makes of damaged metadata
             return False
 

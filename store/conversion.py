@@ -5,13 +5,20 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
-
 from epalm.errors import EpalmError
 from epalm.store.atomic import write_atomic
 from epalm.store.backend import check_backend
 from epalm.store.column import Column
-from epalm.store.feature_set import OLD, FeatureSet, Layout, finish_conversion, open_set
+from epalm.store.feature_set import (
+    NEW,
+    OLD,
+    FeatureSet,
+    Layout,
+    beside,
+    finish_conversion,
+    leftovers,
+    open_set,
+)
 from epalm.store.maintenance import Idle, Progress
 
 
@@ -22,18 +29,17 @@ def convert(
 
     Trainings must not be reading the set. The old files are removed when the new ones are complete;
     interrupted at any moment, the set is there, in one form or the other, and what is half made is
-    removed: by this conversion, or after a kill by the next one.
+    removed: by this conversion, or after a kill by the next one or `cache gc`.
 
     Raises:
         EpalmError: no such backend, an extraction is running, or a shard is broken.
     """
     check_backend(backend)
-    work = features.folder.with_name(f".converting-{features.folder.name}")
-    old = features.folder.with_name(OLD + features.folder.name)
+    work, old = beside(features.folder, NEW), beside(features.folder, OLD)
 
     def tidy() -> None:
         finish_conversion(features.folder)  # interrupted while folders changed places
-        for leftover in (work, old):
+        for leftover in leftovers(features.folder):
             shutil.rmtree(leftover, ignore_errors=True)
 
     with Idle(features):
@@ -43,7 +49,7 @@ def convert(
             _write(features, replace(features.layout, backend=backend), work, progress)
             features.folder.rename(old)
             work.rename(features.folder)
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # `cache gc` may be at it
         finally:
             tidy()
     return open_set(features.folder)
@@ -80,8 +86,7 @@ def _write(
 
 def _copy_shard(source: Column, target: Column, shard: int) -> None:
     marker = source.markers[shard]
-    valid = np.array([h not in marker.failed for h in marker.hashes])
-    block = target.backend.draft(shard, source.block(shard), valid)
+    block = target.backend.draft(shard, source.block(shard), marker.valid)
     if block.sha256 != marker.sha256:
         block.discard()
         raise EpalmError(f"{source.folder}: shard {shard} is broken; run `cache repair` first")

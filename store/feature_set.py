@@ -12,6 +12,7 @@
 More media, views, layers or tokens are more shards or columns; what is there is not touched.
 """
 
+import errno
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +29,11 @@ from epalm.store.stage import Stage
 
 OLD = ".converted-"
 """Before the name of a set that a conversion has replaced, until it is deleted."""
+
+NEW = ".converting-"
+"""Before the name of a set that a conversion is making."""
+
+OF_A_SET = ("spec.json", "layout.json")
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,13 @@ class FeatureSet:
         check_backend(layout.backend)
         folder = root / folder_name(spec)
         finish_conversion(folder)
-        if not (folder / "layout.json").is_file():
+        if not _is_made(folder):
+            folder.mkdir(parents=True, exist_ok=True)
             with locked(folder / ".lock"):
-                if not (folder / "layout.json").is_file():
+                finish_conversion(folder)  # it may have been moved away just before
+                if _read_spec(folder) is None:  # new or damaged; the folder's name says the same
                     write_atomic(folder / "spec.json", spec.canonical())
+                if not (folder / "layout.json").is_file():
                     write_atomic(folder / "layout.json", json.dumps(asdict(layout)))
         return open_set(folder)
 
@@ -286,12 +295,21 @@ def find(root: Path, spec: FeatureSpec, weights_address: str) -> FeatureSet:
 
 def specs(root: Path) -> dict[Path, FeatureSpec]:
     """Folders of the sets in `root` whose spec this version can read."""
-    for moved in root.glob(f"{OLD}*/spec.json"):
+    found = {folder: _read_spec(folder) for folder in set_folders(root)}
+    return {folder: spec for folder, spec in found.items() if spec}
+
+
+def set_folders(root: Path) -> list[Path]:
+    """Folders of the sets in `root`, readable or not."""
+    for moved in root.glob(f"{OLD}*/layout.json"):
         finish_conversion(moved.parent.with_name(moved.parent.name.removeprefix(OLD)))
     # folders whose name begins with a dot are conversions under way
-    folders = [path.parent for path in sorted(root.glob("[!.]*/spec.json"))]
-    found = {folder: _read_spec(folder) for folder in folders}
-    return {folder: spec for folder, spec in found.items() if spec}
+    return sorted({path.parent for name in OF_A_SET for path in root.glob(f"[!.]*/{name}")})
+
+
+def is_set(folder: Path) -> bool:
+    """The folder is a set's, readable or not."""
+    return any((folder / name).is_file() for name in OF_A_SET)
 
 
 def open_set(folder: Path) -> FeatureSet:
@@ -301,6 +319,8 @@ def open_set(folder: Path) -> FeatureSet:
     if spec is None:
         inside = ", ".join(sorted(f.name for f in specs(folder))[:3])
         hint = f"; the sets in it are {inside}" if inside else ""
+        if is_set(folder):
+            hint = "; `extract` (of text states: `train`) with the recipe it is of writes it again"
         raise EpalmError(f"{folder}: not a feature set, it has no readable spec.json{hint}")
     path = folder / "layout.json"
     try:
@@ -317,10 +337,40 @@ def open_set(folder: Path) -> FeatureSet:
 
 
 def finish_conversion(folder: Path) -> None:
-    """Bring back a set whose conversion was interrupted while folders changed places."""
-    moved = folder.with_name(OLD + folder.name)
-    if moved.is_dir() and not folder.exists():
+    """Bring back a set whose conversion was interrupted while folders changed places.
+
+    Its folder may be there again, made by another process, with a lock and nothing else.
+
+    Raises:
+        EpalmError: there is something else in it.
+    """
+    moved = beside(folder, OLD)
+    if not moved.is_dir() or (folder / "layout.json").is_file():
+        return
+    (folder / ".lock").unlink(missing_ok=True)
+    try:
         moved.rename(folder)
+    except FileNotFoundError:  # another process has brought it back
+        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise EpalmError(
+            f"{folder}: has no layout.json; an interrupted conversion has left the set in {moved}: "
+            "move away what is in the former, and repeat the command"
+        ) from None
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What killed conversions of a set have left beside its folder, where that is whole."""
+    if not (folder / "layout.json").is_file():
+        return []
+    return [path for path in (beside(folder, NEW), beside(folder, OLD)) if path.is_dir()]
+
+
+def beside(folder: Path, prefix: str) -> Path:
+    """Where a conversion puts another form of a set: `prefix` is NEW or OLD."""
+    return folder.parent / f"{prefix}{folder.name}"
 
 
 def folder_name(spec: FeatureSpec) -> str:
@@ -333,6 +383,10 @@ def _check_kinds(records: dict[str, list[Any]], kinds: list[type]) -> None:
     for fields in records.values():
         if [*map(type, fields)] != kinds:
             raise TypeError
+
+
+def _is_made(folder: Path) -> bool:
+    return (folder / "layout.json").is_file() and _read_spec(folder) is not None
 
 
 def _read_spec(folder: Path) -> FeatureSpec | None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from epalm.errors import EpalmError
+from epalm.store.backend import Told
 from epalm.store.blocks import DraftBlock, draft_block
 
 ALIGNMENT = 4096
@@ -62,6 +63,10 @@ class HDF5Backend:
     def valid(self, shard: int, rows: int) -> NDArray[np.bool_]:
         with h5py.File(self._path(shard), locking=False) as file:
             return file["valid"][:rows] > 0
+
+    def tell_anew(self, shards: int, told: Told) -> None:
+        for shard, (dtype, valid) in told.items():
+            self.draft(shard, self.map(shard, len(valid), dtype), valid).publish()
 
     def files(self, shard: int) -> list[Path]:
         return [path for path in [self._path(shard)] if path.is_file()]

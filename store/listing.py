@@ -6,7 +6,7 @@ from pathlib import Path
 
 from epalm.errors import EpalmError
 from epalm.store.column import Column
-from epalm.store.feature_set import FeatureSet, open_set, specs
+from epalm.store.feature_set import FeatureSet, is_set, open_set, set_folders
 from epalm.store.needs import needs, unreadable_needs
 
 HEADER = ("set", "modality", "backend", "column", "rows", "failed", "shards", "size")
@@ -20,7 +20,7 @@ def table_of_sets(root: Path) -> str:
     """
     if not root.is_dir():
         raise EpalmError(f"{root}: no such folder")
-    folders = [root] if (root / "spec.json").is_file() else list(specs(root))
+    folders = [root] if is_set(root) else set_folders(root)
     lines: list[tuple[str, ...]] = [HEADER]
     bad: list[str] = []
     for folder in folders:

@@ -1,5 +1,6 @@
 """Looking after a feature set: verify it, tidy it up."""
 
+import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import NamedTuple, TypeVar
 from epalm.errors import EpalmError
 from epalm.store.atomic import claim, locked
 from epalm.store.column import Column
-from epalm.store.feature_set import Catalogue, FeatureSet, open_set, specs
+from epalm.store.feature_set import Catalogue, FeatureSet, leftovers, open_set, specs
 from epalm.store.needs import needs
 from epalm.store.writer import ColumnWriter
 
@@ -20,12 +21,19 @@ REPAIR = "cache repair"
 
 
 class Problem(NamedTuple):
-    """A shard whose features cannot be used; `remedy` is the command that makes it again."""
+    """A broken shard.
+
+    Attributes:
+        what: is wrong with it.
+        remedy: the command that mends it.
+        intact: its features can be used; only other readers are told something else of it.
+    """
 
     column: Column
     shard: int
     what: str
     remedy: str = REPAIR
+    intact: bool = False
 
 
 class Removed(NamedTuple):
@@ -59,12 +67,16 @@ def verify(features: FeatureSet, progress: Progress[tuple[Column, int]]) -> list
         if not column.is_intact(shard):
             problems.append(Problem(column, shard, "its bytes are not those that were written"))
         elif not column.is_told_rightly(shard):
-            problems.append(Problem(column, shard, "`valid` or metadata is not as it was written"))
+            what = "`valid` or metadata is not as it was written"
+            problems.append(Problem(column, shard, what, intact=True))
     return problems
 
 
 def give_up(problems: Iterable[Problem]) -> None:
-    """Take broken shards out of the set, planned to be made again in their places."""
+    """Take broken shards out of the set, planned to be made again in their places.
+
+    Those whose features are intact stay: what other readers are told is written again.
+    """
     by_column: dict[Column, list[int]] = {}
     for problem in problems:
         by_column.setdefault(problem.column, []).append(problem.shard)
@@ -107,8 +119,8 @@ def garbage(features: FeatureSet, removed: Removed) -> list[Path]:
     """Files that nothing in the set refers to, in the order in which to delete them.
 
     Shards that no run needs and none of whose media stands in a catalogue, blocks without marker,
-    markers that cannot be read, plans that nobody works at, half-written files. A shard is kept as
-    a whole while one of its rows is wanted.
+    markers that cannot be read, plans that nobody works at, half-written files, what killed
+    conversions left. A shard is kept as a whole while one of its rows is wanted.
 
     Raises:
         EpalmError: without a catalogue or a run, everything would be garbage.
@@ -137,6 +149,8 @@ def garbage(features: FeatureSet, removed: Removed) -> list[Path]:
         found += sorted((column.folder / "plans").glob("[0-9]*.json"))
         orphans = column.backend.shards() - column.markers.keys()
         found += [p for n in sorted(orphans | unknown) for p in column.backend.files(n)]
+    left_over = [p for folder in leftovers(features.folder) for p in sorted(folder.rglob("*"))]
+    found += [p for p in left_over if p.is_file()]
     return found + sorted(features.folder.rglob(".*.partial"))
 
 
@@ -155,6 +169,8 @@ def collect(features: FeatureSet, removed: Removed) -> list[tuple[Path, int]]:
             features.write_catalogue(dataset, Catalogue(known.root, media, unreadable))
         for path, _ in found:
             path.unlink(missing_ok=True)
+        for folder in leftovers(features.folder):
+            shutil.rmtree(folder, ignore_errors=True)
     return found
 
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 class Row(NamedTuple):
     """One view of the media with this content hash."""
@@ -48,6 +51,11 @@ class Marker(Plan):
     dtype: str
     sha256: str
     failed: dict[str, Failure] = field(default_factory=dict)
+
+    @property
+    def valid(self) -> NDArray[np.bool_]:
+        """(rows,) False where a row holds nothing."""
+        return np.array([h not in self.failed for h in self.hashes])
 
     @classmethod
     def read(cls, path: Path) -> "Marker | None":

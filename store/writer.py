@@ -51,7 +51,8 @@ class ColumnWriter:
         """Shards that must be made, by this process or another, for these rows to be there.
 
         Rows that stand in an unfinished plan stay there, where this process could do it too or
-        another is at it; for all others plans are written.
+        another is at it, and so do those of a shard whose rows have all failed; for all others
+        plans are written.
 
         Args:
             wanted: rows that the column shall have, in order.
@@ -81,6 +82,13 @@ class ColumnWriter:
                 pending[number] = len(rows)
                 for row in rows:
                     missing.pop(row, None)
+            for marker in column.markers.values():
+                tried = marker.failed.keys() == set(marker.hashes) and marker.shard not in plans
+                if tried and missing.keys() >= set(marker.rows):  # nothing else stands there
+                    self._plan_in_place(marker)
+                    pending[marker.shard] = len(marker.hashes)
+                    for row in marker.rows:
+                        del missing[row]
             free = self._free_numbers()
             for view in sorted({row.view for row in missing}):
                 hashes = [row.content_hash for row in missing if row.view == view]
@@ -90,7 +98,7 @@ class ColumnWriter:
                     self._write_plan(plan)
                     pending[number] = len(plan.hashes)
             if pending:
-                column.backend.reserve(max(pending) + 1)
+                column.backend.reserve(max([*pending, *column.markers]) + 1)
         return dict(sorted(pending.items()))
 
     def claim(self, shard: int) -> Claim | None:
@@ -166,21 +174,30 @@ class ColumnWriter:
     def plan_again(self, shards: Iterable[int]) -> None:
         """Give up broken shards, so that the same media are encoded into the same places again.
 
-        A shard that another process has mended, or is mending, is left alone.
+        Of those whose features are intact, what other readers are told is written again instead. A
+        shard that another process has mended, or is mending, is left alone.
         """
         column = self.column
         with locked(column.folder / ".plans.lock"):
             column.refresh()
-            known = {m.shard: m for m in [*column.markers.values(), *column.damaged]}
+            known = column.known()
+            broken: list[Marker] = []
+            untold: list[Marker] = []
             for shard in shards:
                 marker = known.get(shard)
                 if marker is None or column._plan_path(shard).is_file():
                     continue
-                whole = shard in column.markers
-                if whole and column.is_intact(shard) and column.is_told_rightly(shard):
-                    continue
-                self._write_plan(Plan(shard, marker.view, marker.hashes))
-                column.marker_path(shard).unlink()
+                if shard not in column.markers or not column.is_intact(shard):
+                    broken.append(marker)
+                elif not column.is_told_rightly(shard):
+                    untold.append(marker)
+            reach = max(self._taken(), default=-1) + 1
+            if untold:
+                column.backend.tell_anew(reach, {m.shard: (m.dtype, m.valid) for m in untold})
+            if broken:
+                column.backend.reserve(reach)  # nothing is given up that could not be made again
+            for marker in broken:
+                self._plan_in_place(marker)
             column.refresh()
 
     def _check_backend(self) -> None:
@@ -203,13 +220,21 @@ class ColumnWriter:
     def _write_plan(self, plan: Plan) -> None:
         write_atomic(self.column._plan_path(plan.shard), json.dumps(vars(plan)))
 
+    def _plan_in_place(self, marker: Marker) -> None:
+        """Have a shard made again from the same media; until it is, its rows are not there."""
+        self._write_plan(Plan(marker.shard, marker.view, marker.hashes))
+        self.column.marker_path(marker.shard).unlink()
+
+    def _taken(self) -> set[int]:
+        """Shard numbers that a marker or a plan has."""
+        return {*self._plans(), *self.column.known()}
+
     def _free_numbers(self) -> Iterator[int]:
-        """Shard numbers that no marker and no plan has, ascending.
+        """Shard numbers that are not taken, ascending.
 
         The number of a lost marker is used again, so that the same media get the same place.
         """
-        column = self.column
-        taken = {*self._plans(), *column.markers, *(m.shard for m in column.damaged)}
+        taken = self._taken()
         return (number for number in count() if number not in taken)
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from epalm.errors import EpalmError
 from epalm.store.atomic import Draft, locked, write_atomic
+from epalm.store.backend import Told
 from epalm.store.blocks import DraftBlock, draft_block
 
 
@@ -42,12 +42,10 @@ class ZarrBackend:
         for old in self.files(shard):  # a block redone may have had another number format
             old.unlink()
         little = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
-        told = np.zeros(self.block_shape[0], np.uint8)
-        told[: len(rows)] = valid * (1 if name == "features" else 2)
         with ExitStack() as undone:
             # published last, as readers go by it; not flushed, as markers say the same
             mask = undone.enter_context(Draft(self._mask(shard), flush=False))
-            mask.write(told.tobytes())
+            mask.write(self._told(rows.dtype.name, valid))
             size = self._size(rows.dtype.name)
             sha256, files = draft_block(self._chunk(name, shard), b"", little, size)
             undone.pop_all()
@@ -68,6 +66,16 @@ class ZarrBackend:
         features, valid = (cast(zarr.Array, group[name]) for name in ("features", "valid"))
         reaches = features.shape[0] >= first + rows
         return np.asarray(valid[first : first + rows]) > 0 if reaches else np.zeros(rows, bool)
+
+    def tell_anew(self, shards: int, told: Told) -> None:
+        arrays = {"features": self.dtype, "valid": "uint8", "features_float32": "float32"}
+        with locked(self.folder / ".lock"):
+            for name, dtype in arrays.items():
+                if (self.folder / name).is_dir() or name != "features_float32":
+                    (self.folder / name / "zarr.json").unlink(missing_ok=True)
+                    self._grow(name, dtype, shards * self.block_shape[0])
+        for shard, (dtype, valid) in told.items():
+            write_atomic(self._mask(shard), self._told(dtype, valid))
 
     def files(self, shard: int) -> list[Path]:
         chunks = [self._chunk(name, shard) for name in ("features", "features_float32")]
@@ -92,32 +100,52 @@ class ZarrBackend:
     def _mask(self, shard: int) -> Path:
         return self.folder / "valid" / f"c.{shard}"
 
+    def _told(self, dtype: str, valid: NDArray[np.bool_]) -> bytes:
+        """A block's mask as it is stored."""
+        told = np.zeros(self.block_shape[0], np.uint8)
+        told[: len(valid)] = valid * (1 if self._array(dtype) == "features" else 2)
+        return told.tobytes()
+
     def _grow(self, name: str, dtype: str, rows: int) -> None:
-        """Make an array at least so many rows long; rows not yet written read as not valid."""
+        """Make an array at least so many rows long; rows not yet written read as not valid.
+
+        Metadata that a power failure has left unreadable are made anew: all is known that they say.
+        """
         path = self.folder / name / "zarr.json"
-        shape = self.block_shape if name != "valid" else self.block_shape[:1]
-        if not path.is_file():
-            zarr.open_group(self.folder, mode="a").create_array(
-                name,
-                shape=(rows, *shape[1:]),
-                chunks=shape,
-                # chunks side by side: a folder for each would cost as much as a flush
-                chunk_key_encoding={"name": "default", "separator": "."},
-                dtype=np.dtype(dtype).newbyteorder("<"),
-                compressors=None,
-                filters=None,
-                fill_value=0,
-            )
-            for leftover in self.folder.glob("**/zarr.*.partial"):  # of a killed process
-                leftover.unlink()
-            return
         try:
             metadata = json.loads(path.read_text(encoding="utf-8"))
             grows = metadata["shape"][0] < rows
-        except (ValueError, TypeError, LookupError):
-            raise EpalmError(
-                f"{path}: not readable; write it anew after that of another feature set"
-            ) from None
+        except (FileNotFoundError, ValueError, TypeError, LookupError):
+            path.unlink(missing_ok=True)
+            self._create(name, dtype, rows)
+            return
         if grows:
             metadata["shape"][0] = rows
             write_atomic(path, json.dumps(metadata, indent=2))
+
+    def _create(self, name: str, dtype: str, rows: int) -> None:
+        """Write an array's metadata, and its group's where these cannot be read."""
+        group = self.folder / "zarr.json"
+        if group.is_file() and not _is_group(group):
+            group.unlink()
+        shape = self.block_shape if name != "valid" else self.block_shape[:1]
+        zarr.open_group(self.folder, mode="a").create_array(
+            name,
+            shape=(rows, *shape[1:]),
+            chunks=shape,
+            # chunks side by side: a folder for each would cost as much as a flush
+            chunk_key_encoding={"name": "default", "separator": "."},
+            dtype=np.dtype(dtype).newbyteorder("<"),
+            compressors=None,
+            filters=None,
+            fill_value=0,
+        )
+        for leftover in self.folder.glob("**/zarr.*.partial"):  # of a killed process
+            leftover.unlink()
+
+
+def _is_group(path: Path) -> bool:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["node_type"] == "group"
+    except (ValueError, TypeError, LookupError):
+        return False

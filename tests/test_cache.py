@@ -1,6 +1,7 @@
 """`cache …`: looking at feature sets, checking them, mending what is broken."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from click.testing import Result
 from PIL import Image
 
@@ -205,6 +207,42 @@ def test_an_interrupted_conversion_leaves_nothing_behind(
     assert files(tmp_path / "features") == before
 
 
+def test_a_lock_taken_while_folders_change_places_loses_nothing(
+    cli: Cli, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an older version takes it: it makes the folder."""
+    recipe = toy()
+    ok(cli("extract", recipe))
+    before, folder = files(tmp_path / "features"), only_set(tmp_path).folder
+    real = Path.rename
+
+    def rename_and_lock(self: Path, target: Path) -> Path:
+        moved = real(self, target)
+        if self == folder:
+            folder.mkdir()
+            (folder / ".lock").touch()
+        return moved
+
+    monkeypatch.setattr(Path, "rename", rename_and_lock)
+    refused(cli("cache", "convert", recipe, "--to", "hdf5"), "Directory not empty")
+    monkeypatch.undo()
+    assert only_set(tmp_path).layout.backend == "zarr"
+    assert files(tmp_path / "features") == before
+
+
+def test_gc_deletes_what_a_killed_conversion_left(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy()
+    ok(cli("extract", recipe))
+    before, folder = files(tmp_path / "features"), only_set(tmp_path).folder
+    for kind in ("converted", "converting"):
+        shutil.copytree(folder, folder.with_name(f".{kind}-{folder.name}"))
+    planned = ok(cli("cache", "gc", recipe, "--dry-run"))
+    assert f"../.converted-{folder.name}/cls-0-5/markers/000000.json" in planned
+    assert ok(cli("cache", "gc", recipe)).splitlines()[:-1] == planned.splitlines()[:-1]
+    assert not list((tmp_path / "features").glob(".conv*"))
+    assert files(tmp_path / "features") == before
+
+
 def test_what_a_marker_cannot_say_is_not_converted(cli: Cli, toy: Toy, tmp_path: Path) -> None:
     recipe = toy()
     ok(cli("extract", recipe))
@@ -264,8 +302,19 @@ def test_two_datasets_of_one_name_are_told_apart(cli: Cli, toy: Toy, tmp_path: P
     other.mkdir()
     shutil.copytree(tmp_path / "images", other / "images")
     shutil.copy(tmp_path / "toy.jsonl", other)
+    shutil.copy(other / "images" / "2.png", other / "images" / "1.png")
     moved = ("--set", f"data.path={other / 'toy.jsonl'}")
-    refused(cli("extract", recipe, *moved), "data.name: 'toy' already stands for the media in")
+    before = files(tmp_path / "features")
+    refused(
+        cli("extract", recipe, *moved),
+        f"data.name: 'toy' already stands for the media in {tmp_path}, where images/1.png is",
+    )
+    text = (other / "toy.jsonl").read_text()
+    (other / "images").rename(other / "pictures")
+    (other / "toy.jsonl").write_text(text.replace("images/", "pictures/"))
+    refused(cli("extract", recipe, *moved), "none of which it has; give the dataset another name")
+    assert files(tmp_path / "features") == before
+    shutil.copy(tmp_path / "images" / "1.png", other / "pictures")
     assert "all 12 media are in" in ok(cli("extract", recipe, *moved, "--set", "data.name=other"))
     shutil.rmtree(tmp_path / "images")  # moved, not another dataset: the name stays
     (tmp_path / "toy.jsonl").unlink()
@@ -302,6 +351,133 @@ def test_what_other_readers_are_told_is_verified(cli: Cli, toy: Toy, tmp_path: P
     refused(cli("cache", "verify", recipe), "shard 0: `valid` or metadata")
     metadata.write_text(text)
     assert "1 broken shards" in ok(cli("cache", "repair", recipe))
+    assert files(tmp_path / "features") == before
+
+
+@pytest.mark.parametrize("damage", ["metadata", "mask", "column"])
+def test_intact_features_are_not_given_up(cli: Cli, toy: Toy, tmp_path: Path, damage: str) -> None:
+    """After a power failure, say; and the media need not be here."""
+    recipe = toy()
+    ok(cli("extract", recipe))
+    before = files(tmp_path / "features")
+    (tmp_path / "images").rename(tmp_path / "away")
+    column = only_set(tmp_path).columns[0].folder
+    if damage == "mask":
+        (column / "valid" / "c.0").unlink()
+    elif damage == "metadata":
+        (column / "features" / "zarr.json").write_text("")
+        (column / "valid" / "zarr.json").unlink()
+    else:
+        (column / "zarr.json").write_text("")
+    refused(cli("cache", "verify", recipe), "`valid` or metadata is not as it was written")
+    output = ok(cli("cache", "repair", recipe))
+    assert "with intact features: `valid` and metadata are written anew" in output
+    assert "extract:" not in output
+    assert files(tmp_path / "features") == before
+    ok(cli("cache", "verify", recipe))
+
+
+def test_unreadable_metadata_are_not_in_the_way_of_an_extraction(
+    cli: Cli, toy: Toy, tmp_path: Path
+) -> None:
+    ok(cli("extract", toy()))
+    before = files(tmp_path / "features")
+    for path in only_set(tmp_path).folder.rglob("zarr.json"):
+        path.write_text("")
+    only_set(tmp_path).columns[0].marker_path(1).unlink()
+    assert "extract: 4 media" in ok(cli("extract", toy()))
+    assert files(tmp_path / "features") == before
+
+
+def test_a_broken_shard_stays_until_its_media_are_here(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = toy()
+    ok(cli("extract", recipe))
+    whole = files(tmp_path / "features")
+    break_shard(only_set(tmp_path), 0)
+    break_shard(only_set(tmp_path), 1)
+    before = files(tmp_path / "features")
+    image = tmp_path / "images" / "2.png"
+    image.rename(tmp_path / "away.png")
+    refused(
+        cli("cache", "repair", recipe),
+        "shard 0 stays as it is: 1 of its media are not here or not the recipe's, images/2.png",
+        "bring the media back",
+    )
+    now = files(tmp_path / "features")
+    shard = {name for name in whole if "c.0" in name or "000000" in name}
+    assert len(shard) == 3
+    assert {name: now[name] for name in shard} == {name: before[name] for name in shard}
+    refused(cli("cache", "verify", recipe), "1 broken shards", "shard 0")
+    (tmp_path / "away.png").rename(image)
+    assert "extract: 4 media" in ok(cli("cache", "repair", recipe))
+    ok(cli("cache", "verify", recipe))
+
+    # what no dataset has any more holds nothing up
+    break_shard(only_set(tmp_path), 0)
+    shutil.copy(tmp_path / "images" / "3.png", image)
+    assert "extract: 3 media" in ok(cli("cache", "repair", recipe))
+    assert "nothing to do" in ok(cli("extract", recipe))
+
+
+def two_sources(toy: Toy, tmp_path: Path, **encoder: object) -> Path:
+    """A recipe whose source `also.second` has four other images, and maybe another encoder."""
+    path = toy(encoder={"workers": 1})
+    lines = (tmp_path / "toy.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "second").mkdir()
+    for number in range(4):
+        place = tmp_path / "second" / f"{number}.png"
+        Image.new("RGB", (40, 40), (60 * number, 90, 0)).save(place)
+    text = "".join(line for line in lines if re.search(r"images/[0-3]\.png", line))
+    (tmp_path / "second.jsonl").write_text(text.replace("images/", "second/"))
+    tree = yaml.safe_load(path.read_text())
+    data = {"kind": "jsonl", "path": str(tmp_path / "second.jsonl")}
+    tree["also"] = {"second": {"data": data, "encoder": tree["encoder"] | encoder}}
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_every_source_is_looked_after(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = two_sources(toy, tmp_path, final_norm=False)
+    counted = ok(cli("cache", "estimate", recipe, "--sample", "2"))
+    assert "source main:\ncls-0-5: 12 rows" in counted
+    assert "source second:\ncls-0-5: 4 rows" in counted
+    ok(cli("extract", recipe))
+    before = files(tmp_path / "features")
+    (second,) = [s for s in map(open_set, specs(tmp_path / "features")) if not s.spec.final_norm]
+    page = ok(cli("cache", "info", recipe))
+    assert "dataset toy: 12 media" in page and "dataset second: 4 media" in page
+    assert ok(cli("cache", "verify", recipe, "--deep", "--sample", "2")).count("2 rows") == 2
+    break_shard(second, 0)
+    refused(cli("cache", "verify", recipe), f"{second.folder}: 1 broken shards")
+    assert "source second:\nextract: 4 media" not in ok(cli("extract", recipe))
+    output = ok(cli("cache", "repair", recipe))
+    assert f"{second.folder}: 1 broken shards" in output
+    assert "extract: 4 media" in output
+    assert files(tmp_path / "features") == before
+    assert ok(cli("cache", "convert", recipe, "--to", "hdf5")).count(": hdf5") == 2
+    for found in specs(tmp_path / "features"):
+        (found / ".left.partial").write_text("half")
+    assert ok(cli("cache", "gc", recipe)).count(".left.partial") == 2
+    (tmp_path / "second.jsonl").unlink()
+    refused(cli("cache", "estimate", recipe), "source second: data.path")
+
+
+def test_sources_of_one_set_are_repaired_together(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    recipe = shutil.copy(two_sources(toy, tmp_path), tmp_path / "both.yaml")
+    ok(cli("extract", recipe))
+    before = files(tmp_path / "features")
+    for shard in (1, 3):
+        break_shard(only_set(tmp_path), shard)
+    refused(cli("cache", "verify", recipe), "2 broken shards")
+    output = ok(cli("cache", "repair", recipe))
+    assert "source main and second:" in output
+    assert output.count("extract: 4 media") == 2
+    assert files(tmp_path / "features") == before
+    # a recipe of one of them leaves the other's alone
+    break_shard(only_set(tmp_path), 3)
+    refused(cli("cache", "repair", toy()), "shard 3 stays as it is: 4 of its media", "second/0.png")
+    refused(cli("cache", "verify", recipe), "1 broken shards")
+    ok(cli("cache", "repair", recipe))
     assert files(tmp_path / "features") == before
 
 
@@ -345,6 +521,12 @@ def test_mistakes(cli: Cli, toy: Toy, tmp_path: Path) -> None:
     for command in ("verify", "estimate"):
         refused(cli("cache", command, recipe, "--sample", "0"), "0 is not in the range")
     refused(cli("cache", "verify", folder, "--set", "seed=1"), "is a feature set, not a recipe")
+    (folder / "spec.json").write_text("")
+    for root in (tmp_path / "features", folder):
+        assert "`extract`" in ok(cli("cache", "ls", root))
+    refused(cli("train", recipe), "run `extract` with this recipe")
+    assert "nothing to do" in ok(cli("extract", recipe))
+    ok(cli("cache", "verify", recipe))
     (folder / "layout.json").unlink()
     assert "unreadable: " in ok(cli("cache", "ls", tmp_path / "features"))
 
@@ -368,8 +550,13 @@ def test_failed_media_are_tried_again_on_request(cli: Cli, toy: Toy, tmp_path: P
     assert len(only_set(tmp_path).failures()) == 1
     output = ok(cli("extract", recipe, "--retry-failed"))
     assert "nothing to do" in output  # tried, and failed again
-    column = only_set(tmp_path).columns[0]
-    assert sorted(len(m.hashes) for m in column.markers.values()) == [1, 4, 4, 4]
+    for _ in range(2):  # and again, in the same place
+        ok(cli("extract", recipe, "--retry-failed"))
+        column = only_set(tmp_path).columns[0]
+        assert sorted(len(m.hashes) for m in column.markers.values()) == [1, 4, 4, 4]
+    assert "nothing to do" in ok(cli("extract", recipe))
+    (image,) = {f["media"] for f in only_set(tmp_path).failures()}
+    assert image == "images/1.png"
 
 
 def test_more_layers_and_tokens_extend_the_set(cli: Cli, toy: Toy, tmp_path: Path) -> None:

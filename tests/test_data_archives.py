@@ -198,6 +198,16 @@ def test_a_damaged_member_cannot_be_read(roots: dict[str, str]) -> None:
         MediaRoot(str(path)).find("a/2.jpg").read()
 
 
+@pytest.mark.parametrize("how", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_packing_cannot_be_read(how: int, tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "packed.zip", {"a.jpg": bytes(range(256)) * 9}, how)
+    content = bytearray(path.read_bytes())
+    content[45:75] = b"\xff" * 30
+    path.write_bytes(content)
+    with pytest.raises(OSError):
+        MediaRoot(str(path)).find("a.jpg").read()
+
+
 def test_a_name_in_two_archives_is_refused(tmp_path: Path) -> None:
     for name in "ab":
         write_tar(tmp_path / f"{name}.tar", {"1.jpg": name.encode()})
@@ -363,6 +373,20 @@ def test_extraction_from_an_archive_and_its_resumption(
     tar.unlink()
     table, dataset = open_features(tarred, load_dataset(tarred))
     assert len(dataset.media) == 12 and table.has("images/3.png", 0)
+
+
+def test_packed_media_keep_their_name(toy: Callable[..., Path], tmp_path: Path) -> None:
+    """The folder stays: of jsonl it holds the annotations too."""
+    folder = load_recipe(toy())
+    extract(folder, load_dataset(folder))
+    images = {f"images/{p.name}": p.read_bytes() for p in (tmp_path / "images").iterdir()}
+    archive = write_zip(tmp_path / "toy.zip", images)
+    zipped = load_recipe(toy_path(tmp_path), (f"data.media_root={archive}",))
+    for recipe in (zipped, folder, zipped):  # and back
+        report = extract(recipe, load_dataset(recipe))
+        assert (report.encoded, report.found, report.removed) == (0, 12, [])
+        table, dataset = open_features(recipe, load_dataset(recipe))
+        assert all(table.has(media, 0) for media in dataset.media)
 
 
 def toy_path(folder: Path) -> Path:

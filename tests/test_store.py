@@ -1,7 +1,9 @@
 """The store: the contract every backend keeps, columns over it, and feature sets of columns."""
 
+import errno
 import json
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,8 +16,10 @@ import pytest
 import zarr
 
 from epalm.errors import EpalmError
-from epalm.store.atomic import read_json_lines, write_atomic
+from epalm.store import feature_set
+from epalm.store.atomic import claim, locked, read_json_lines, write_atomic
 from epalm.store.backend import BACKENDS, ShardBackend, open_backend
+from epalm.store.blocks import allow_many_files
 from epalm.store.column import Column
 from epalm.store.feature_set import (
     Catalogue,
@@ -25,6 +29,7 @@ from epalm.store.feature_set import (
     find,
     open_set,
 )
+from epalm.store.listing import table_of_sets
 from epalm.store.marker import Failure, Marker, Row
 from epalm.store.spec import ColumnSpec, FeatureSpec, read_spec
 from epalm.store.writer import ColumnWriter
@@ -122,6 +127,20 @@ class BackendContract:
         assert not backend.is_whole(0, 4, "float16")
         draft.discard()
         assert files(tmp_path) == before
+
+    def test_what_other_readers_are_told_is_written_again(
+        self, backend: ShardBackend, tmp_path: Path
+    ) -> None:
+        wide = rows(3).astype(np.float32) * 1e6
+        backend.draft(0, rows(4), np.array([True, True, False, True])).publish()
+        backend.draft(3, wide, np.ones(3, bool)).publish()
+        written = files(tmp_path)
+        backend.draft(0, rows(4), np.zeros(4, bool)).publish()
+        for path in [*tmp_path.rglob("zarr.json"), *tmp_path.glob("valid/c.3")]:
+            path.write_bytes(b"")
+        some = np.array([True, True, False, True])
+        backend.tell_anew(4, {0: ("float16", some), 3: ("float32", np.ones(3, bool))})
+        assert files(tmp_path) == written
 
     def test_a_block_without_its_files_is_gone(self, backend: ShardBackend) -> None:
         backend.draft(0, rows(4), np.ones(4, bool)).publish()
@@ -459,13 +478,78 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
         assert process.communicate()[0] == "(100, 3, 1, 5)\n"
 
 
-def test_changed_zarr_metadata_are_named(tmp_path: Path) -> None:
+def test_unreadable_zarr_metadata_are_made_anew(tmp_path: Path) -> None:
     backend = open_backend("zarr", tmp_path, (3, 1, 5), "float16", 4)
-    backend.reserve(1)
-    for text in ("{", "[]", "{}", '{"shape": []}', '{"shape": ["4"]}'):
-        (tmp_path / "features" / "zarr.json").write_text(text)
-        with pytest.raises(EpalmError, match=r"features/zarr\.json: not readable"):
-            backend.reserve(2)
+    backend.reserve(2)
+    backend.draft(1, rows(4), np.ones(4, bool)).publish()
+    written = files(tmp_path)
+    for text in ("", "{", "[]", "{}", '{"shape": []}', '{"shape": ["4"]}'):
+        for path in tmp_path.rglob("zarr.json"):
+            path.write_text(text)
+        backend.reserve(2)
+        assert files(tmp_path) == written
+
+
+def test_nothing_is_given_up_that_could_not_be_written_again(
+    column: Column, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(column, [row(h) for h in "abcdef"], rows(6))
+    break_block(column)
+    before = files(column.folder)
+    monkeypatch.setattr(column.backend, "reserve", lambda shards: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ColumnWriter(column).plan_again([0])
+    assert files(column.folder) == before
+
+
+def test_rows_that_failed_are_tried_again_in_their_place(column: Column) -> None:
+    wanted = [row(h) for h in "abcdef"]
+    write(column, wanted, rows(6), failed="bef")
+    again = [row(h) for h in "bef"]
+    # b stands beside others that did not fail; e and f stand alone
+    assert ColumnWriter(column).plan(again) == {1: 2, 2: 1}
+    write(column, again, rows(3), failed="bef")
+    assert column.failures.keys() == set(again)
+    write(column, again, rows(3, seed=1), failed="b")
+    column.refresh()
+    assert [m.hashes for m in column.markers.values()] == [[*"abcd"], [*"ef"], ["b"]]
+    assert np.array_equal(column.gather(column.rows([row("f")])), rows(3, seed=1)[1:2])
+    assert ColumnWriter(column).plan([row("b"), row("z")]) == {2: 1, 3: 1}
+
+
+@pytest.mark.parametrize("refuses", [ValueError, OSError])
+def test_a_system_that_refuses_many_open_files_is_asked_for_fewer(
+    monkeypatch: pytest.MonkeyPatch, refuses: type[Exception]
+) -> None:
+    """macOS names no limit and refuses more than kern.maxfilesperproc."""
+    limit = [(256, resource.RLIM_INFINITY)]
+
+    def set_limit(kind: int, wanted: tuple[int, int]) -> None:
+        if wanted[0] > 61_440:
+            raise refuses
+        limit.append(wanted)
+
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limit[-1])
+    monkeypatch.setattr(resource, "setrlimit", set_limit)
+    allow_many_files()
+    assert limit[-1] == (10_240, resource.RLIM_INFINITY)
+    allow_many_files()
+    assert len(limit) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    path = tmp_path / "some.lock"
+    with pytest.raises(EpalmError, match=f"{path}: its file system has no locks.*store.root"):
+        locked(path).__enter__()
+    with pytest.raises(EpalmError, match="no locks"):
+        claim(path)
 
 
 def test_a_half_written_block_is_not_valid_to_zarr_readers(
@@ -654,6 +738,59 @@ def test_a_set_is_brought_back_from_an_interrupted_conversion(
     assert find(tmp_path, SPEC, "here").folder == features.folder
     features.folder.rename(tmp_path / f".converted-{name}")
     assert FeatureSet.create(tmp_path, SPEC, features.layout).layout == features.layout
+
+
+def test_a_set_is_brought_back_from_under_a_lock(features: FeatureSet, tmp_path: Path) -> None:
+    """Another process may ask for a lock of the set while conversion moves folders."""
+    folder, moved = features.folder, tmp_path / f".converted-{features.folder.name}"
+    folder.rename(moved)
+    with pytest.raises(EpalmError, match="was moved or deleted meanwhile"):
+        features.add_to_catalogue("one", Catalogue("/data"))
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / ".lock").touch()
+    assert find(tmp_path, SPEC, "here").layout == features.layout
+    assert not moved.exists()
+    folder.rename(moved)
+    folder.mkdir()
+    (folder / "mine").touch()
+    with pytest.raises(EpalmError, match=f"the set in {moved}: move away what is in the former"):
+        open_set(folder)
+
+
+def test_a_set_made_while_conversion_moves_it_is_the_old_one(
+    features: FeatureSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is moved away just after another process has looked for it."""
+    features.write_catalogue("one", Catalogue("/data"))
+    real = feature_set.finish_conversion
+
+    def look_then_lose(folder: Path) -> None:
+        monkeypatch.setattr(feature_set, "finish_conversion", real)
+        real(folder)
+        folder.rename(folder.with_name(f".converted-{folder.name}"))
+
+    monkeypatch.setattr(feature_set, "finish_conversion", look_then_lose)
+    again = FeatureSet.create(tmp_path, SPEC, Layout("zarr", 99, "there"))
+    assert (again.layout, again.datasets()) == (features.layout, ["one"])
+
+
+@pytest.mark.parametrize("content", ["", "{", None])
+def test_a_damaged_spec_is_written_again(
+    features: FeatureSet, tmp_path: Path, content: str | None
+) -> None:
+    path = features.folder / "spec.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(EpalmError, match="no readable spec.json; `extract`.* writes it again"):
+        open_set(features.folder)
+    assert f"unreadable: {features.folder}: not a feature set" in table_of_sets(tmp_path)
+    again = FeatureSet.create(tmp_path, SPEC, Layout("zarr", 99, "there"))
+    assert (again.spec, again.layout) == (SPEC, features.layout)
+
+
+def test_the_set_that_one_is_in(features: FeatureSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(features.folder)
+    assert open_set(Path()).spec == SPEC
 
 
 def test_what_is_no_set_is_not_to_be_deleted(features: FeatureSet, tmp_path: Path) -> None:
