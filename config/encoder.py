@@ -24,6 +24,15 @@ class ViewsConfig(Section):
     frequency_mask: int = Field(24, ge=0, description="audio: widest masked band, mel bins")
     time_mask: int = Field(96, ge=0, description="audio: longest masked stretch, fbank frames")
 
+    @model_validator(mode="after")
+    def _are_there(self) -> "ViewsConfig":
+        if self.count:
+            return self
+        for name, field in type(self).model_fields.items():
+            if getattr(self, name) != field.default:
+                raise ValueError(f"{name} is of augmented views, and count 0 has none; set count")
+        return self
+
 
 class EncoderConfig(Section):
     """The encoder, frozen unless it is trained online, and what is kept of it."""
@@ -62,7 +71,10 @@ class EncoderConfig(Section):
         None, description="decoding processes; default: as many as cores, at most 8"
     )
     decode_timeout: float = Field(
-        60.0, gt=0, description="seconds after which a stuck decoder is killed and replaced"
+        60.0,
+        gt=0,
+        le=86400,
+        description="seconds after which a stuck decoder is killed and replaced",
     )
     online: bool = Field(
         False,

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import ASTConfig
 
 from epalm.errors import EpalmError, first_line
+from epalm.extract.hf_folder import check_config
 
 ORIGINAL_EPS = 1e-6
 """LayerNorm's, in timm; Hugging Face's configuration of the same weights says 1e-12."""
@@ -61,10 +62,12 @@ def read_original(file: Path) -> dict[str, torch.Tensor]:
 def ast_config(fields: dict[str, Any], changes: dict[str, Any]) -> ASTConfig:
     """ASTConfig of these fields, some of them changed by `encoder.arch`."""
     try:
-        return ASTConfig(**(fields | changes))
+        config = ASTConfig(**(fields | changes))
     except (StrictDataclassError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise EpalmError(f"encoder.arch: {changes} makes no AST ({reason})") from None
+    check_config(config)
+    return config
 
 
 def original_config(

@@ -9,8 +9,10 @@ import io
 import math
 from typing import Any
 
+import numpy as np
 import soundfile
 import torch
+from numpy.typing import NDArray
 from torchaudio.compliance import kaldi
 from torchaudio.functional import resample
 from torchaudio.transforms import FrequencyMasking, TimeMasking
@@ -35,6 +37,8 @@ FBANK = {
 _MARGIN = 0.1  # seconds read beyond the last frame, many times the reach of the resampling filter
 _LOUDEST = 2.0**31  # some float files hold 32-bit integers; the square of more leaves float32
 _LARGEST_FILTER = 2**26  # weights; torchaudio's filter has about found * wanted / gcd² of them
+_UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's, of a FLAC file that was written to a pipe
+_BLOCK = 2**16  # frames
 _UNKNOWN_SIZE = 0x7FFFF000  # programs that write to a pipe leave such numbers, up to 2**32 - 1
 
 
@@ -54,11 +58,15 @@ def read_audio(
             samples that are no finite numbers, or a rate that cannot be resampled.
     """
     try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
+        with _Forward(io.BytesIO(content)) as file:
             found, wanted, form = file.samplerate, file.frames, file.format
             if seconds is not None:
                 wanted = min(wanted, math.ceil(seconds * found))
-            samples = file.read(wanted, dtype="float32", always_2d=True)
+            if file.frames < _UNKNOWN_FRAMES:
+                samples = file.read(wanted, dtype="float32", always_2d=True)
+            else:
+                samples = _read_to_the_end(file, wanted)
+                wanted = len(samples)
     except soundfile.LibsndfileError as error:
         # its own text holds the address of our buffer, which would differ from run to run
         raise ValueError(f"no audio that libsndfile can read: {error.error_string}") from None
@@ -75,6 +83,23 @@ def read_audio(
     if found * rate // math.gcd(found, rate) ** 2 > _LARGEST_FILTER:
         raise ValueError(f"{found} Hz cannot be resampled to {rate} Hz: their ratio is too odd")
     return resample(waveform, found, rate), rate
+
+
+class _Forward(soundfile.SoundFile):
+    """A file that is read from its start: soundfile seeks to where it is after every read, and
+    behind the end of a FLAC file of unknown length that fails."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _read_to_the_end(file: soundfile.SoundFile, most: int) -> NDArray[np.float32]:
+    """The samples of a file that does not know how many there are: (at most `most`, channels)."""
+    blocks = [np.zeros((0, file.channels), np.float32)]
+    while len(block := file.read(min(most, _BLOCK), dtype="float32", always_2d=True)):
+        blocks.append(block)
+        most -= len(block)
+    return np.concatenate(blocks)
 
 
 class SpectrogramMasking:

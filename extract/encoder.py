@@ -11,6 +11,7 @@ import torch
 
 from epalm.config import Recipe
 from epalm.errors import EpalmError
+from epalm.extract.views import check_views
 from epalm.store.spec import FeatureSpec
 
 ENCODERS = {
@@ -76,8 +77,18 @@ class Encoder(ABC):
 
     @torch.inference_mode()
     def encode(self, batch: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-        """The tokens that are kept, float32 on the CPU: (B, len(layers), tokens, D)."""
-        return self.features(batch, layers).cpu()
+        """The tokens that are kept, float32 on the CPU: (B, len(layers), tokens, D).
+
+        Raises:
+            EpalmError: the device's memory is too small for such a batch.
+        """
+        try:
+            return self.features(batch, layers).cpu()
+        except torch.OutOfMemoryError:
+            raise EpalmError(
+                f"encoder.batch_size: the memory of {self.device} is too small for {len(batch)} "
+                "media at once; set a smaller one"
+            ) from None
 
     def features(self, batch: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
         """As `encode`, on the encoder's device, with gradients where its weights are trained."""
@@ -113,6 +124,7 @@ def describe(recipe: Recipe, weights_at_hand: bool = True) -> FeatureSpec:
                 f"encoder.{name}: has no meaning for {spec.modality}, which the kind "
                 f"{recipe.encoder.kind} encodes; leave it out"
             )
+    check_views(recipe, spec.modality)
     return spec
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders of audio encoders: configuration, feature extractor, weights."""
+"""Hugging Face folders of encoders: configuration, feature extractor, weights."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,27 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from epalm.errors import EpalmError, first_line
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """What such a folder's weights are called."""
+
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "image_size",
+    "num_frames",
+    "patch_size",
+    "frequency_stride",
+    "time_stride",
+    "max_length",
+    "num_mel_bins",
+)
 
 
 def hf_config(kind: Any, folder: Path) -> Any:
@@ -34,6 +49,22 @@ def hf_config(kind: Any, folder: Path) -> Any:
     except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = error.strerror if isinstance(error, OSError) else repr(error)
         raise EpalmError(f"encoder.weights: {file} cannot be read ({reason})") from None
+
+
+def check_config(config: Any) -> None:
+    """EpalmError for sizes below 1, or an activation that there is none of.
+
+    A configuration checks its types alone, and the model fails at the rest. The numbers may be of
+    `encoder.arch` or of config.json; the former replace the latter.
+    """
+    for name in _SIZES:
+        size = getattr(config, name, 1)
+        if size < 1:
+            raise EpalmError(f"encoder.arch: {name} is {size}; it must be 1 or more")
+    if config.hidden_act not in ACT2FN:
+        raise EpalmError(
+            f"encoder.arch: hidden_act is {config.hidden_act!r}, not one of {', '.join(ACT2FN)}"
+        )
 
 
 def hf_extractor(kind: Any, folder: Path, **changes: Any) -> Any:

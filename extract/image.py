@@ -79,11 +79,8 @@ def describe(recipe: Recipe, weights_at_hand: bool = True) -> FeatureSpec:
                 f"encoder.image_size: {arch} cannot see {numbers['input_size'][-1]} pixels "
                 f"({first_line(error)}); set another"
             ) from None
-    if not is_vit(model) and recipe.encoder.final_norm:
-        raise EpalmError(
-            f"encoder.final_norm: the stages of {arch} differ in width, no norm fits them all; "
-            "set it to false"
-        )
+    if recipe.encoder.final_norm:
+        _check_final_norm(model, arch)
     weights = digest(weights_file(resolve(recipe.encoder.weights))) if weights_at_hand else ""
     return FeatureSpec(
         modality="image",
@@ -156,6 +153,17 @@ def image_numbers(recipe: Recipe, pretrained: dict[str, Any]) -> dict[str, Any]:
 def is_vit(model: Any) -> bool:
     """Its layers are token sequences of one width."""
     return "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
+
+
+def _check_final_norm(model: Any, arch: str) -> None:
+    """EpalmError when no norm of the model is meant for every token of a layer."""
+    reason = None
+    if not is_vit(model):
+        reason = f"the stages of {arch} differ in width, no norm fits them all"
+    elif isinstance(getattr(model, "norm", None), torch.nn.Identity | None):
+        reason = f"{arch} has no norm of single tokens; what norm it may have is of their mean"
+    if reason is not None:
+        raise EpalmError(f"encoder.final_norm: {reason}; set it to false")
 
 
 def _sized(recipe: Recipe, arch: str) -> dict[str, Any]:

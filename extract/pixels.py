@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import timm.data
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torchvision.transforms.v2 import functional
 
@@ -23,6 +23,17 @@ REFERENCE = {
 }
 """What the official code does to images, whatever the encoder (convention 20, bug 23)."""
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation; Pillow's own function would rewrite all the
+other tags, too, and fail at broken ones."""
 _MOST_PIXELS = 178_956_970  # from which on Pillow refuses to open an image
 
 
@@ -81,7 +92,7 @@ def read_image(content: bytes, upright: bool = True) -> Image.Image:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         opened = Image.open(io.BytesIO(content))
     with opened as image:
-        turned = ImageOps.exif_transpose(image) if upright else image
+        turned = _made_upright(image) if upright else image
         if turned.mode.startswith("I"):
             sixteen = np.asarray(turned).astype(np.int64)
             turned = Image.fromarray((sixteen >> 8).clip(0, 255).astype(np.uint8))
@@ -90,3 +101,9 @@ def read_image(content: bytes, upright: bool = True) -> Image.Image:
         elif turned.mode == "P" and "transparency" in turned.info:
             turned = turned.convert("RGBA")
         return turned.convert("RGB")
+
+
+def _made_upright(image: Image.Image) -> Image.Image:
+    image.load()  # finds a tag that stands behind the pixels; turns a TIFF, and drops its tag
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)

@@ -23,7 +23,7 @@ from epalm.address import digest, resolve
 from epalm.config import Recipe
 from epalm.errors import EpalmError
 from epalm.extract.encoder import Encoder, weights_file
-from epalm.extract.hf_folder import WEIGHTS
+from epalm.extract.hf_folder import WEIGHTS, check_config
 from epalm.extract.timesformer_weights import (
     State,
     original_config,
@@ -51,6 +51,7 @@ _ARGUMENTS = (
     "patch_size",
     "qkv_bias",
 )
+_ATTENTION = ("divided_space_time", "joint_space_time", "space_only")
 
 
 class Timesformer(Encoder):
@@ -100,14 +101,14 @@ def timesformer_config(
     changes = _arch(encoder.arch)
     fields: dict[str, Any] = {}
     own = None
-    if weights_at_hand or not (encoder.weights == DEFAULT or encoder.arch):
-        fields, own = _said_by(resolve(encoder.weights), changes.get("num_attention_heads"))
-    fields = {**fields, **changes, "drop_path_rate": 0}
-    if encoder.frames is not None:
-        fields["num_frames"] = encoder.frames
-    if encoder.image_size is not None:
-        fields["image_size"] = encoder.image_size
     try:
+        if weights_at_hand or not (encoder.weights == DEFAULT or encoder.arch):
+            fields, own = _said_by(resolve(encoder.weights), changes.get("num_attention_heads"))
+        fields = {**fields, **changes, "drop_path_rate": 0}
+        if encoder.frames is not None:
+            fields["num_frames"] = encoder.frames
+        if encoder.image_size is not None:
+            fields["image_size"] = encoder.image_size
         config = TimesformerConfig(**fields)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise EpalmError(f"encoder.weights: {encoder.weights}: no TimeSformer ({error})") from None
@@ -238,6 +239,12 @@ def _check_sizes(config: TimesformerConfig) -> None:
     if not isinstance(size, int) or not isinstance(patch, int):
         raise EpalmError(
             f"encoder.weights: image_size {size} and patch_size {patch} must be squares"
+        )
+    check_config(config)
+    if config.attention_type not in _ATTENTION:
+        raise EpalmError(
+            f"encoder.arch: attention_type is {config.attention_type!r}, not one of "
+            f"{', '.join(_ATTENTION)}"
         )
     if size % patch:
         raise EpalmError(f"encoder.image_size: {size} is no multiple of the patch size, {patch}")

@@ -23,6 +23,15 @@ def augmentation(recipe: Recipe, modality: str) -> dict[str, Any]:
     return {"seed": views["seed"], **{name: views[name] for name in _FIELDS[modality]}}
 
 
+def check_views(recipe: Recipe, modality: str) -> None:
+    """EpalmError for a number of another modality's views: it would change nothing."""
+    views = recipe.encoder.views
+    for name, field in type(views).model_fields.items():
+        if name in ("count", "seed", *_FIELDS[modality]) or getattr(views, name) == field.default:
+            continue
+        raise EpalmError(f"encoder.views.{name}: has no meaning for {modality}; leave it out")
+
+
 def view_seed(seed: int, content_hash: str, view: int) -> int | None:
     """What `Preprocess` is given for a view: None for view 0, else a 63-bit seed."""
     if view == 0:

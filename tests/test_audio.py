@@ -156,6 +156,18 @@ def test_headers_that_do_not_know_the_size_are_read() -> None:
     assert torch.equal(read_audio(streamed, None)[0], read_audio(content, None)[0])
 
 
+def test_flac_of_unknown_length_is_read() -> None:
+    """What an encoder that writes to a pipe leaves behind: 0 samples in the header."""
+    content = audio_file(np.tile(tone(16000, 5), (2, 1)).T, 16000, "PCM_16", "FLAC")
+    at = content.index(b"fLaC") + 8 + 13  # low half of this byte, and four more
+    streamed = content[:at] + bytes([content[at] & 0xF0]) + bytes(4) + content[at + 5 :]
+    for seconds in (None, 0.5, 60.0):
+        expected = read_audio(content, None, seconds)[0]
+        assert torch.equal(read_audio(streamed, None, seconds)[0], expected)
+    with pytest.raises(ValueError, match="no audio that libsndfile can read|holds no samples"):
+        read_audio(streamed[:100], None)
+
+
 # --- spectrograms --------------------------------------------------------------------------------
 
 
@@ -651,6 +663,13 @@ def test_ast_mistakes(
         check("is not a JSON object of ASTConfig's fields", make_recipe(arch=arch))
     wide = make_recipe(changed(), arch='{"hidden_size": "wide"}')
     check("encoder.arch: .'hidden_size': 'wide'. makes no AST", wide)
+    flipped = make_recipe(changed(), views={"count": 1, "flip": 0.1})
+    with pytest.raises(EpalmError, match="encoder.views.flip: has no meaning for audio"):
+        describe(flipped)
+    for name in ("num_attention_heads", "patch_size", "frequency_stride", "num_hidden_layers"):
+        none = make_recipe(changed(), arch=json.dumps({name: 0}), preprocess="reference")
+        check(f"encoder.arch: {name} is 0; it must be 1 or more", none)
+    check("hidden_act is 'foo', not one of gelu", make_recipe(arch='{"hidden_act": "foo"}'))
     torch.save(random_original(), tmp_path / "weights.pth")
     check("makes no AST", make_recipe(tmp_path / "weights.pth", arch='{"max_length": "long"}'))
     check("no such file or folder", make_recipe(tmp_path / "nothing"))

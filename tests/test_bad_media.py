@@ -124,10 +124,18 @@ def palette_png() -> bytes:
     return saved(image, transparency=bytes([0, 255] * 128))
 
 
-def turned_by_exif() -> bytes:
+def turned_by_exif(form: str = "PNG") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
-    return saved(PHOTO.transpose(Image.Transpose.ROTATE_90), exif=exif)
+    return saved(PHOTO.transpose(Image.Transpose.ROTATE_90), form, exif=exif)
+
+
+def turned_beside_broken_tags() -> bytes:
+    """A width that is a text, and GPS tags far behind the end."""
+    tags = ((0x0100, 2, 4, b"abc\0"), (0x0112, 3, 1, b"\0\6\0\0"), (0x8825, 4, 1, b"\x7f" * 4))
+    block = b"".join(struct.pack(">HHI", *tag[:3]) + tag[3] for tag in tags)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(tags)) + block + bytes(4)
+    return jpeg(PHOTO.transpose(Image.Transpose.ROTATE_90), exif=exif)
 
 
 def with_alpha(image: Image.Image) -> bytes:
@@ -182,6 +190,8 @@ IMAGES = Table(
         "alpha.png": Odd(lambda: with_alpha(PHOTO), "photo.png"),
         "gray-alpha.png": Odd(lambda: with_alpha(GRAY), "gray.png"),
         "turned.png": Odd(turned_by_exif, "photo.png"),
+        "turned.tif": Odd(lambda: turned_by_exif("TIFF"), "photo.png"),
+        "turned.jpg": Odd(turned_beside_broken_tags, "photo.png", 0.02),
         "animated.gif": Odd(lambda: animated("GIF"), "photo.png"),
         "animated.webp": Odd(lambda: animated("WEBP"), "photo.png"),
         "animated.png": Odd(lambda: animated("PNG"), "photo.png"),

@@ -123,6 +123,18 @@ def test_batch_size_changes_values_by_noise_at_most(
     np.testing.assert_allclose(*values, atol=4e-3, rtol=0)  # one float16 step at magnitude 4
 
 
+def test_a_batch_that_is_too_large_for_the_memory(
+    toy_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(Encoder, "features", full)
+    message = "encoder.batch_size: the memory of cpu is too small for 4 media at once; set a small"
+    with pytest.raises(EpalmError, match=message):
+        extract(toy_recipe, load_dataset(toy_recipe))
+
+
 def test_changed_file_is_encoded_again(toy_recipe: Recipe) -> None:
     dataset = load_dataset(toy_recipe)
     extract(toy_recipe, dataset)

@@ -119,11 +119,16 @@ def test_means_over_patches(
 
 def test_what_an_encoder_lacks_is_an_error(toy: Toy, tmp_path: Path) -> None:
     siglip = saved(tmp_path / "siglip", "vit_base_patch16_siglip_224", **SMALL)
+    beit = saved(tmp_path / "beit", "beit_base_patch16_224", **SMALL)
+    pooled = saved(tmp_path / "pooled", "vit_base_patch16_reg4_gap_256", **SMALL)
     convnext = saved(tmp_path / "c", "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
     for encoder, words in (
         ({"weights": str(siglip)}, "has no class token; set it to mean"),
         ({"weights": str(convnext), "tokens": "mean"}, "no norm fits them all; set it to false"),
+        ({"weights": str(beit)}, "has no norm of single tokens.*; set it to false"),
+        ({"weights": str(pooled), "tokens": "mean"}, "no norm of single tokens"),
         ({"frames": 8}, "encoder.frames: has no meaning for image"),
+        ({"views": {"count": 1, "time_mask": 1}}, "encoder.views.time_mask: has no meaning for im"),
     ):
         with pytest.raises(EpalmError, match=words):
             describe(load_recipe(toy(encoder=encoder)))
@@ -133,7 +138,7 @@ def test_what_an_encoder_lacks_is_an_error(toy: Toy, tmp_path: Path) -> None:
     for encoder, words in (
         ({"layers": [3, 1]}, "layers must be ascending"),
         ({"tokens": "all"}, "all needs encoder.layers"),
-        ({"views": {"crop_scale": [0.9, 0.5]}}, "the smaller one"),
+        ({"views": {"count": 1, "crop_scale": [0.9, 0.5]}}, "the smaller one"),
     ):
         with pytest.raises(EpalmError, match=words):
             build(load_recipe(toy(encoder=encoder)), CPU)

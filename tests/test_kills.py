@@ -105,6 +105,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, easy_vqa: Path) -> dict[st
         "video": {"kind": "frame-average", "weights": str(root / "vit"), "frames": 2},
         "audio": {"kind": "ast", "weights": str(root / "ast"), "batch_size": 2},
     }
+    masks = {"frequency_mask": 8, "time_mask": 32}
     trees = {}
     for modality, some in files.items():
         assert len(some) >= 3, modality
@@ -128,7 +129,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, easy_vqa: Path) -> dict[st
             },
             "encoder": {
                 **encoders[modality],
-                "views": {"count": 2, "frequency_mask": 8, "time_mask": 32},
+                "views": {"count": 2, **(masks if modality == "audio" else {})},
                 "workers": 1,
             },
             "store": {"shard_rows": 6 if modality == "image" else 2},
