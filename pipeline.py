@@ -219,6 +219,8 @@ def show(folder: Path) -> None:
     run = Run.open(folder, trained=False)
     scores = read_scores(run)
     click.echo(format_table(scores))
+    for line in scores.get("changes", []):
+        click.echo(f"Not as its recipe says: {line}.")
     steps = {read_progress(path).step for path in (run.last, run.best) if path.is_file()}
     if steps and scores.get("step") not in {None, *steps}:
         click.echo(f"of step {scores['step']}, and trained on since: run `evaluate {folder}` again")

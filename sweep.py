@@ -63,8 +63,8 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> list[SweepRun]:
         overrides: as in `load_recipe`; they count in all runs, before the axes.
 
     Raises:
-        EpalmError: not a sweep, one of its recipes is none, two of its runs have one name, or a
-            name or seed is set, which a sweep gives its runs itself.
+        EpalmError: not a sweep, one of its recipes is none, two of its runs have one name, two axes
+            set one field, or a name or seed is set, which a sweep gives its runs itself.
     """
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -79,6 +79,7 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> list[SweepRun]:
         lines = [f"  {line}" for line in describe_mistakes(error, Sweep)]
         raise EpalmError("\n".join([f"{path}: not a sweep", *lines])) from None
     _check_own(path, sweep, overrides)
+    _check_axes(path, sweep)
     runs: dict[str, SweepRun] = {}
     for seed in sweep.seeds:
         for values in itertools.product(*sweep.axes.values()):
@@ -106,6 +107,20 @@ def _check_own(path: Path, sweep: Sweep, overrides: tuple[str, ...]) -> None:
                 f"{path}: {field} cannot be set, a sweep gives each run its own; change `{own}` in "
                 "the file"
             )
+
+
+def _check_axes(path: Path, sweep: Sweep) -> None:
+    """No two of them set the same field, or one a section and the other a field of it."""
+    fields = {
+        axis: sorted({f for own in of.values() for f in own}) for axis, of in sweep.axes.items()
+    }
+    for (one, ours), (other, theirs) in itertools.combinations(fields.items(), 2):
+        for field, again in itertools.product(ours, theirs):
+            if f"{field}.".startswith(f"{again}.") or f"{again}.".startswith(f"{field}."):
+                raise EpalmError(
+                    f"{path}: axes: {one} sets {field} and {other} sets {again}, of which only the "
+                    "later would count; take it out of one of the two"
+                )
 
 
 def _is_recipe(tree: dict[str, Any]) -> bool:

@@ -182,20 +182,27 @@ def evaluate(
     weights: Path,
     remarks: "Callable[[dict[str, Any]], list[str]] | None" = None,
 ) -> None:
-    """Score a run; `remarks` says in sentences what is to be added, in the report too."""
+    """Score a run; `remarks` says in sentences what is to be added, in the report too.
+
+    Raises:
+        EpalmError: it cannot be scored, or its recipe is not the one it was trained by.
+    """
     from epalm.evaluate.figures import draw_loss
     from epalm.evaluate.report import write_report
     from epalm.evaluate.scores import evaluate as score
     from epalm.evaluate.table import headline
     from epalm.store.atomic import writing_into
     from epalm.train.checkpoint import load_weights
+    from epalm.train.run import FREE_TO_SCORE
 
+    run.check_changes(FREE_TO_SCORE)
     progress = load_weights(weights, parts.model)
     with writing_into(run.folder, "run folder"):
         scores = score(run, parts, progress.step)
         if not parts.accelerator.is_main_process:
             return
-        said = remarks(scores) if remarks else []
+        said = [f"Not as its recipe says: {line}." for line in run.changes()]
+        said += remarks(scores) if remarks else []
         files = [run.scores, write_report(run, parts.dataset, parts.features.spec, said)]
         if run.metrics.is_file():  # not imported
             files.append(draw_loss(run))

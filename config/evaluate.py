@@ -12,7 +12,10 @@ class DecodeConfig(Section):
 
     num_beams: Positive = 1
     max_new_tokens: Positive = 10
-    length_penalty: float = 1.0
+    length_penalty: float = Field(
+        1.0,
+        description="power of its length that a beam's score is divided by; more: longer answers",
+    )
     batch_size: Positive = 64
     do_sample: bool = Field(
         False, description="draw every token at random (the paper's random sampling)"
@@ -33,8 +36,16 @@ class DecodeConfig(Section):
         given = [
             name for name in ("temperature", "top_k", "top_p") if getattr(self, name) is not None
         ]
+        if self.seed:
+            given.append("seed")
         if given and not self.do_sample:
             raise ValueError(f"{given[0]} is for random draws; set do_sample to true")
+        return self
+
+    @model_validator(mode="after")
+    def _penalised_beams_are_several(self) -> "DecodeConfig":
+        if self.length_penalty != 1 and self.num_beams == 1:
+            raise ValueError("length_penalty compares beams; set num_beams to 2 or more")
         return self
 
 

@@ -52,7 +52,7 @@ class Record:
         value = self._get(key)
         if not isinstance(value, str) or not (empty or value.strip()):
             raise self.error(f"field {key!r} is {_shown(value)}; it must be a text, not empty")
-        return value.strip()
+        return self._encodable(key, value)
 
     def text_or_null(self, key: str) -> str | None:
         """A text as of `text`; None where the file has null."""
@@ -65,7 +65,7 @@ class Record:
             return str(value)
         if not isinstance(value, str) or not value.strip():
             raise self.error(f"field {key!r} is {_shown(value)}; give a whole number or a text")
-        return value.strip()
+        return self._encodable(key, value)
 
     def number(self, key: str) -> int:
         """A whole number, or a text that is one."""
@@ -99,7 +99,7 @@ class Record:
         for text in value:
             if not isinstance(text, str) or not (empty or text.strip()):
                 raise self.error(f"field {key!r} holds {_shown(text)}; give texts, not empty")
-        return [text.strip() for text in value]
+        return [self._encodable(key, text) for text in value]
 
     def identifiers(self, key: str) -> list[str]:
         """A list of ids."""
@@ -121,9 +121,11 @@ class Record:
     def column(self, key: str, field: str) -> list[str]:
         """One text of each record of a list inside this one; texts may be empty."""
         try:
-            return [item[field].strip() for item in self._fields[key]]
-        except (KeyError, TypeError, AttributeError):  # said by those who look closer
+            texts = [item[field].strip() for item in self._fields[key]]
+            "".join(texts).encode()
+        except (KeyError, TypeError, AttributeError, UnicodeError):  # said by those who look closer
             return [record.text(field, empty=True) for record in self.records(key)]
+        return texts
 
     def _inside(self) -> str:
         """The place behind the path, in a message."""
@@ -134,6 +136,17 @@ class Record:
         if key not in self._fields:
             raise self.error(f"field {key!r} is missing")
         return self._fields[key]
+
+    def _encodable(self, key: str, text: str) -> str:
+        """A field's text without blanks around it, if UTF-8 can hold it."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # of JSON's \ud800 alone, say
+            raise self.error(
+                f"field {key!r} holds half of a surrogate pair: {_shown(text)}; write the whole "
+                "character, or leave it out"
+            ) from None
+        return text.strip()
 
     def _list(self, key: str) -> list[Any]:
         value = self._get(key)
@@ -199,7 +212,7 @@ def read_table(
         header: the first line names the columns.
 
     Raises:
-        EpalmError: missing columns, rows of another length, an open quote.
+        EpalmError: missing columns or two of one name, rows of another length, an open quote.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
@@ -208,6 +221,7 @@ def read_table(
             else:
                 rows = csv.reader(stream, strict=True)
             names = next(rows, []) if header else columns
+            distinct(f"{path}, line 1")([(name, None) for name in names if name])
             if missing := [c for c in columns if c not in names]:
                 raise EpalmError(
                     f"{path}, line 1: column {missing[0]!r} is missing; it has {', '.join(names)}"
@@ -230,10 +244,11 @@ def read_table(
         raise EpalmError(f"{path}, line {rows.line_num}: not valid CSV ({error})") from None
 
 
-def distinct(path: Path) -> Hook:
+def distinct(place: Path | str) -> Hook:
     """A hook that refuses a name that stands twice in an object, of which Python keeps the last.
 
-    For files whose objects are named by ids.
+    Args:
+        place: the file, or where in it.
     """
 
     def check(fields: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -241,7 +256,7 @@ def distinct(path: Path) -> Hook:
         if len(found) < len(fields):
             names = Counter(name for name, _ in fields)
             again = next(name for name, count in names.items() if count > 1)
-            raise EpalmError(f"{path}, {again}: stands there {names[again]} times")
+            raise EpalmError(f"{place}, {again}: stands there {names[again]} times")
         return found
 
     return check

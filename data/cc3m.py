@@ -2,7 +2,8 @@
 
 Either the official tables, captions and addresses of images separated by tabs, in the folder
 `data.path`; images then have the number of their line, from 0, as img2dataset names them: by
-default they are looked for as `train/00000/000000000.jpg` and so on.
+default they are looked for as `train/00000/000000000.jpg` and so on. The first line may name the
+columns, which img2dataset wants, and has no number then.
 
 Or WebDataset shards: `data.files` gives the shards of each split as a glob or brace list, relative
 to `data.path`, ending in .tar; captions are their .txt members, or the `caption` of their .json
@@ -16,6 +17,7 @@ Many addresses are dead; `data.bad_media: skip` leaves out what could not be had
 import json
 import posixpath
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ PUBLISHED = {
     "Train_GCC-training.tsv": Counts(3318333, 3318333),
     "Validation_GCC-1.1.0-Validation.tsv": Counts(15840, 15840),
 }
+COLUMNS = ["caption", "url"]
 SHARD_ROWS = 10000  # img2dataset's default
 IMAGES = ("jpg", "jpeg", "png", "webp")
 """Extensions of the members of a sample that are taken for its image."""
@@ -47,8 +50,7 @@ def load(config: DataConfig) -> Dataset:
         return _load_shards(config)
     collector = Collector(config, "cc3m", "{split}/{shard:05}/{row:09}.jpg")
     for split, path in files_by_split(config, FILES).items():
-        rows = read_table(path, ["caption", "url"], tabs=True, header=False)
-        for row, record in enumerate(rows):
+        for row, record in enumerate(_rows(path)):
             names: dict[str, str | int] = {"split": split, "row": row, "shard": row // SHARD_ROWS}
             collector.add(record, f"{split}/{row}", names, "", [record.text("caption")], split)
     return collector.dataset()
@@ -57,6 +59,15 @@ def load(config: DataConfig) -> Dataset:
 def published(config: DataConfig) -> dict[str, Counts]:
     """Rows of the official tables."""
     return {s: PUBLISHED[f] for s, f in (config.files or FILES).items() if f in PUBLISHED}
+
+
+def _rows(path: Path) -> Iterator[Record]:
+    """A table's rows, without the line that names the columns where there is one."""
+    rows = read_table(path, COLUMNS, tabs=True, header=False)
+    first = next(rows, None)
+    if first and [first.text(column, empty=True) for column in COLUMNS] != COLUMNS:
+        yield first
+    yield from rows
 
 
 def _load_shards(config: DataConfig) -> Dataset:

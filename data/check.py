@@ -36,6 +36,11 @@ class Report:
     stops: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def left(self) -> Dataset:
+        """What the recipe uses, once unusable media are left out."""
+        return self.chosen.without_media(self.unusable if self.skip else set())
+
     def judge(self, bad: dict[str, str], what: str) -> None:
         """Note media that cannot be used; they stop a recipe that uses them and skips none.
 
@@ -120,15 +125,14 @@ def _compare_counts(report: Report) -> None:
 
 def _look_at_splits(report: Report, recipe: Recipe, whole: bool) -> None:
     """What is left to train and evaluate on, once unusable media are left out."""
-    gone = report.unusable if report.skip else set()
-    left = report.chosen.without_media(gone)
+    left = report.left
     if not left.examples:
         report.stops.append(
             f"extraction: of {len(report.chosen.media):,} media none can be used; is "
             "data.media_root the right one?"
         )
     elif whole:
-        usable = " with usable media" if gone else ""
+        usable = " with usable media" if report.skip and report.unusable else ""
         training, wanted = len(left.split("train")), recipe.train.batch_size
         if not report.dataset.split("train"):
             report.warnings.append(

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from epalm.config import DataConfig
-from epalm.data.annotations import Record, read_table
+from epalm.data.annotations import Record, distinct, read_table
 from epalm.data.collect import Collector
 from epalm.data.example import SPLITS, Dataset
 from epalm.errors import EpalmError
@@ -49,7 +49,7 @@ def _lines(path: Path) -> Iterator[Record]:
                 continue
             place = f"line {number}"
             try:
-                fields = json.loads(line)
+                fields = json.loads(line, object_pairs_hook=distinct(f"{path}, {place}"))
             except UnicodeDecodeError as error:
                 raise EpalmError(f"{path}, {place}: not UTF-8 ({error}); save it as that") from None
             except (ValueError, RecursionError) as error:

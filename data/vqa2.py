@@ -105,9 +105,15 @@ def _answers(config: DataConfig, folder: str) -> dict[str, Record]:
 
 def _karpathy(config: DataConfig) -> tuple[str, dict[str, str]]:
     """The field that tells a question's split, and the split of each of its values."""
-    if (Path(config.path).expanduser() / "dataset_coco.json").is_file():
+    folder = Path(config.path).expanduser()
+    if (folder / "dataset_coco.json").is_file():
         images = read_object(annotation_file(config, "dataset_coco.json")).records("images")
         return "image_id", {r.identifier("cocoid"): karpathy_split(r) for r in images}
+    if not any(folder.glob("karpathy_*.json")):
+        raise EpalmError(
+            "data.splits: karpathy needs dataset_coco.json or karpathy_{train,val,test}.json in "
+            f"{folder}; docs/datasets.md has the layout"
+        )
     splits: dict[str, str] = {}
     for split in ("train", "val", "test"):
         for record in read_list(annotation_file(config, f"karpathy_{split}.json")):

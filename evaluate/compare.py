@@ -20,6 +20,7 @@ def is_scored(run: Run) -> bool:
         and scores.get("step") == read_progress(run.weights("best")).step
         and scores.get("evaluate") == recipe.evaluate.model_dump(mode="json")
         and scores.get("decode") == recipe.decode.model_dump(mode="json")
+        and scores.get("changes") == run.changes()
     )
 
 

@@ -71,6 +71,7 @@ def evaluate(run: Run, parts: Parts, step: int | None = None) -> dict[str, Any]:
     scores["step"] = step
     scores["decode"] = run.recipe.decode.model_dump()
     scores["evaluate"] = config.model_dump(mode="json")
+    scores["changes"] = run.changes()
     stages = {k: v for k, v in run.stages().items() if config.control or k != "control"}
     scores["seconds"] = {name: stage.seconds for name, stage in stages.items()}
     scores["rates"] = {name: stage.rate for name, stage in stages.items()}

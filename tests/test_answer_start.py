@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 from epalm.config import load_recipe
 from epalm.errors import EpalmError
-from epalm.train.answer_start import GAIN, RIDGE, start_from_answers
+from epalm.train.answer_start import GAIN, RIDGE, check_answers, start_from_answers
 from epalm.train.parts import Parts
+from epalm.train.run import Run
+from tests.test_cli import refused
 
 Cli = Callable[..., Result]
 Prepare = Callable[..., Parts]
@@ -103,6 +105,22 @@ def test_where_it_cannot_be(prepare: Prepare, toy: Toy) -> None:
     with pytest.raises(
         EpalmError, match=r"train\.connection_start: no training answers but yes, no and"
     ):
-        start_from_answers(parts, closed)
+        check_answers(closed, parts.recipe)
+    said = [replace(e, references=("Yes", "No.", " yes! ", "NO", "")) for e in closed]
+    with pytest.raises(EpalmError, match="no training answers but yes, no and empty ones"):
+        check_answers(said, parts.recipe)
+    check_answers([*closed, replace(closed[0], references=("yes", "none"))], parts.recipe)
     with pytest.raises(EpalmError, match=r"connection_start: answers needs features that are kept"):
         load_recipe(toy(), (ANSWERS, "encoder.online=true"))
+
+
+def test_yes_and_no_alone_stop_before_extraction(cli: Cli, toy: Toy, tmp_path: Path) -> None:
+    """And what the message says is then all that there is to do, though a run was begun."""
+    recipe, data = toy(train={"connection_start": "answers"}), tmp_path / "toy.jsonl"
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(line | {"answers": ["Yes."]}) + "\n" for line in lines))
+    refused(cli("run", recipe), "no training answers but yes, no and empty ones; set it to random")
+    assert not (tmp_path / "features").exists()
+    Run.create(load_recipe(recipe))
+    done = cli("run", recipe, "--set", "train.connection_start=random")
+    assert done.exit_code == 0, done.output

@@ -32,7 +32,7 @@ def test_every_field_is_documented_or_plain() -> None:
     """A field without description is one whose name says it all: short, and listed here."""
     plain = {
         "train", "val", "test", "limits", "arch", "batch_size", "layers", "prompt_schedule",
-        "weight_decay", "betas", "num_beams", "max_new_tokens", "length_penalty", "split", "steps",
+        "weight_decay", "betas", "num_beams", "max_new_tokens", "split", "steps",
         "data", "text", "encoder", "store", "lm", "variant", "decode", "evaluate",
     }  # fmt: skip
     sections = [Recipe, *(f.annotation for f in Recipe.model_fields.values())]
@@ -68,6 +68,15 @@ def test_every_field_is_documented_or_plain() -> None:
             ["placement is of adapters, and reduction 0 has none"],
         ),
         ("variant.attention_adapters.start=3", ["start is of adapters"]),
+        (
+            "decode.temperature=2",
+            ["decode: temperature is for random draws; set do_sample to true"],
+        ),
+        ("decode.seed=2", ["decode: seed is for random draws; set do_sample to true"]),
+        ("decode.length_penalty=2", ["decode: length_penalty compares beams; set num_beams to 2"]),
+        ("encoder.views.frequency_mask=3", ["frequency_mask is of augmented views, and count 0"]),
+        ("encoder.views={crop_scale: [0.9, 1.0]}", ["encoder.views: crop_scale is of augmented"]),
+        ("encoder.decode_timeout=3e6", ["encoder.decode_timeout", "less than or equal to 86400"]),
         ("train.patience=yes", ["train: patience is no switch; it cannot be true"]),
         ("train.lm_lr=1", ["train.lm_lr: leave it out, or set variant.train_lm to true"]),
         ("train.encoder_lr=1", ["train.encoder_lr: leave it out, or set encoder.train to true"]),

@@ -145,6 +145,28 @@ def test_splits_that_stop_training_or_evaluation(check: Check, lines: Callable[.
     assert "stops: evaluation: evaluate.split is test, which has no examples" in done.output
 
 
+def test_what_does_not_go_together_is_found(check: Check, lines: Callable[..., None]) -> None:
+    """What `run` would say first, of splits, answers and metrics."""
+    start = "train.connection_start=answers"
+    for override, words in (
+        ("evaluate.metrics=[nonsense]", "evaluation: evaluate.metrics: no metric 'nonsense'"),
+        ("evaluate.metrics=[vqa_accuracy]", "compares with ten human answers"),
+    ):
+        done = check("--set", override)
+        assert done.exit_code == 1 and words in done.output, done.output
+    assert check("--set", "train.val_every=2", "--set", start).exit_code == 0
+    lines(lambda records: records.__setitem__(
+        slice(None), [r | {"answers": ["No."]} for r in records if r["split"] != "val"]
+    ))  # fmt: skip
+    for override, words in (
+        ("train.val_every=2", "stops: training: train.val_every: there are no val examples"),
+        ("train={steps: 9, batch_size: 8, patience: 1, val_every: 2}", "training: train.patience"),
+        (start, "stops: training: train.connection_start: no training answers but yes, no"),
+    ):
+        done = check("--set", override)
+        assert done.exit_code == 1 and words in done.output, done.output
+
+
 def test_data_to_evaluate_other_runs_on(check: Check, lines: Callable[..., None]) -> None:
     lines(lambda records: [record.update(split="test") for record in records])
     done = check()

@@ -558,6 +558,96 @@ def test_duplicate_ids(case: str, name: str, words: str, tmp_path: Path) -> None
     assert str(error.value).startswith(f"{path}, {words}")
 
 
+def test_a_line_of_column_names_moves_no_caption(tmp_path: Path) -> None:
+    """img2dataset wants it, and numbers the images behind it."""
+    config = lay_out("cc3m", tmp_path)
+    before = read(config)
+    table = tmp_path / "Train_GCC-training.tsv"
+    table.write_text("caption\turl\n" + table.read_text())
+    assert read(config).examples == before.examples
+    table.write_text("caption\ta word\nurl\tcaption\n")  # these are captions
+    assert [e.references for e in read(config).split("train")] == [("caption",), ("url",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "value", "line"),
+    [("jsonl", "prompt", '"Again?"', "line 1"), ("jsonl", "answers", '["b"]', "line 1"),
+     ("csv", "prompt", "Again?", "line 1")],
+)  # fmt: skip
+def test_a_field_that_stands_twice_is_refused(
+    name: str, column: str, value: str, line: str, tmp_path: Path
+) -> None:
+    config = lay_out(name, tmp_path)
+    path = Path(config.path)
+    first, *rest = path.read_text().splitlines()
+    if name == "jsonl":
+        first = first.replace("}", f', "{column}": {value}}}')
+    else:
+        first, *rest = f"{first},{column}", *(f"{row},{value}" for row in rest)
+    path.write_text("\n".join([first, *rest]))
+    with pytest.raises(EpalmError) as error:
+        read(config)
+    assert str(error.value) == f"{path}, {line}, {column}: stands there 2 times"
+
+
+def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
+    """As spreadsheets leave them behind the last one."""
+    config = lay_out("csv", tmp_path)
+    before = read(config)
+    path = Path(config.path)
+    path.write_text("".join(f"{row},,\n" for row in path.read_text().splitlines()))
+    assert read(config).examples == before.examples
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "place"),
+    [
+        ("jsonl", "data.jsonl", ("prompt",)),
+        ("jsonl", "data.jsonl", ("answers", 1)),
+        ("jsonl", "data.jsonl", ("id",)),
+        ("jsonl", "data.jsonl", ("media",)),
+        (
+            "vqa2",
+            "v2_mscoco_train2014_annotations.json",
+            ("annotations", 0, "answers", 2, "answer"),
+        ),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused(
+    case: str, name: str, place: tuple[Any, ...], tmp_path: Path
+) -> None:
+    """Valid JSON, but no text that UTF-8, tokenizers or file systems can hold."""
+    config = lay_out(case, tmp_path)
+    path = tmp_path / name
+    lines = path.read_text().splitlines() if case == "jsonl" else [path.read_text()]
+    tree = node = json.loads(lines[0])
+    for key in place[:-1]:
+        node = node[key]
+    whole, half = "a \U0001f600?", "a \ud800?"
+    node[place[-1]] = whole
+    path.write_text("\n".join([json.dumps(tree), *lines[1:]]))
+    read(config)  # a whole pair is a character
+    node[place[-1]] = half
+    path.write_text("\n".join([json.dumps(tree), *lines[1:]]))
+    with pytest.raises(EpalmError, match="holds half of a surrogate pair") as error:
+        read(config)
+    field = next(key for key in reversed(place) if isinstance(key, str))
+    assert f"field {field!r} " in str(error.value)
+    str(error.value).encode()
+
+
+def test_karpathy_files_that_are_missing_are_named(tmp_path: Path) -> None:
+    config = lay_out("vqa2-karpathy", tmp_path)
+    (tmp_path / "dataset_coco.json").unlink()
+    words = "karpathy needs dataset_coco.json or karpathy_{train,val,test}.json in "
+    with pytest.raises(EpalmError) as error:
+        read(config)
+    assert words + str(tmp_path) in str(error.value)
+    (tmp_path / "karpathy_train.json").write_text("[]")
+    with pytest.raises(EpalmError, match="karpathy_val.json: no such annotation file"):
+        read(config)
+
+
 @pytest.mark.parametrize("image", ["../../etc/passwd", "/etc/passwd", "a\0b"])
 def test_media_outside_the_root_are_refused(image: str, tmp_path: Path) -> None:
     config = lay_out("gqa", tmp_path)

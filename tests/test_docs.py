@@ -3,19 +3,18 @@
 import json
 import re
 import shlex
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 import yaml
+from click.testing import Result
 from pydantic import BaseModel
 
 from epalm.config import DataConfig, Recipe, load_recipe, parse_recipe
-from epalm.data.annotations import files_by_split, read_list
-from epalm.data.collect import Collector
-from epalm.data.example import Dataset
 from epalm.pipeline import main
 from epalm.sweep import load_sweep
 
@@ -131,9 +130,7 @@ def test_the_walk_through_shows_the_encoder_that_is_there() -> None:
 
 def test_the_dataset_reader_shown_reads(tmp_path: Path) -> None:
     (shown,) = blocks((ROOT / "docs" / "extending.md").read_text(), "python")
-    reader: dict[str, Any] = {
-        made.__name__: made for made in (Collector, DataConfig, Dataset, files_by_split, read_list)
-    }
+    reader: dict[str, Any] = {}
     exec(shown, reader)
     for split, birds in (("train", ["wren", "owl"]), ("test", ["gull"])):
         records = [{"image": f"{bird}.jpg", "captions": [f"a {bird}"]} for bird in birds]
@@ -142,6 +139,37 @@ def test_the_dataset_reader_shown_reads(tmp_path: Path) -> None:
     assert dataset.counts() == {"train": (2, 2), "test": (1, 1)}
     assert dataset.examples[2].references == ("a gull",)
     assert all(name in DataConfig.model_fields for name in reader["SETTINGS"])
+
+
+def test_your_data_runs_as_the_page_says(
+    tmp_path: Path, easy_vqa: Path, opt_folder: Path, vit_folder: Path, cli: Callable[..., Result]
+) -> None:
+    """Examples as shown, as many as are said to be the least; small models in the demo's place."""
+    page = (ROOT / "docs" / "your-data.md").read_text()
+    shown = [json.loads(line) for line in blocks(page, "json")[0].splitlines()]
+    examples = [{**shown[0], "id": f"t{n}", "media": f"photos/{n}.png"} for n in range(24)]
+    examples += shown[1:]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    (tmp_path / "photos").mkdir()
+    for number, example in enumerate(examples):
+        image = easy_vqa / "train" / "images" / f"{number}.png"
+        shutil.copyfile(image, tmp_path / example["media"])
+    tree = yaml.safe_load(DEMO.read_text())
+    for section, value in yaml.safe_load(blocks(page, "yaml")[0]).items():
+        merged = isinstance(value, dict) and section != "data"
+        tree[section] = tree[section] | value if merged else value
+    tree["encoder"] |= {"weights": str(vit_folder), "arch": None}
+    tree |= {"lm": {"weights": str(opt_folder)}, "variant": {"encoder_layers": 3}}
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+    changes = (f"data.path={data}", f"runs={tmp_path}", f"store.root={tmp_path / 'features'}",
+               "encoder.workers=1", "train.steps=1")  # fmt: skip
+    here = [word for change in changes for word in ("--set", change)]
+    checked = cli("data", "check", recipe, *here)
+    assert checked.exit_code == 0, checked.output
+    done = cli("run", recipe, *here)
+    assert done.exit_code == 0, done.output
 
 
 @pages

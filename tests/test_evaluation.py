@@ -1,5 +1,6 @@
 """Evaluations that are interrupted, batched otherwise, shared by processes, or held elsewhere."""
 
+import html
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -216,6 +217,41 @@ def test_evaluation_on_another_dataset(cli: Cli, run: Run, tmp_path: Path) -> No
     assert "the gap is -12.5." in cli("evaluate", run.folder, "--on", recipe).output
 
 
+def test_a_trained_run_is_scored_as_it_was_trained(cli: Cli, run: Run) -> None:
+    run.scores.write_text("of before")
+    for override, said in (
+        ("variant.inject_start=1", "variant.inject_start: None there, 1 wanted"),
+        ("variant={prompt_length: 3}", "variant.encoder_layers: 3 there"),
+        ("text.template='Q {prompt} A'", "text.template: "),
+        ("lm.weights=x", "lm.weights: "),
+        ("seed=9", "seed: 0 there, 9 wanted"),
+        ("data.limits.test=1", "data.limits.test: None there, 1 wanted"),
+    ):
+        refused(cli("evaluate", run.folder, "--set", override), "makes another of it", f"  {said}")
+    assert run.scores.read_text() == "of before"
+
+
+def test_what_may_be_set_is_said(cli: Cli, run: Run) -> None:
+    changes = {
+        "lm.dtype": "'float32' there, 'bfloat16' wanted",
+        "decode.max_new_tokens": "3 there, 2 wanted",
+        "evaluate.control": "True there, False wanted",
+        "text.max_prompt_tokens": "256 there, 99 wanted",
+    }
+    values = {key: words.split()[2].strip("'") for key, words in changes.items()}
+    options = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+    assert "Not as its recipe" not in cli("evaluate", run.folder).output
+    done = cli("evaluate", run.folder, *options)
+    assert done.exit_code == 0, done.output
+    report = html.unescape((run.folder / "report.html").read_text())
+    for key, words in changes.items():
+        assert f"Not as its recipe says: {key}: {words}." in done.output
+        assert f"Not as its recipe says: {key}: {words}." in report
+        assert f"Not as its recipe says: {key}: {words}." in cli("show", run.folder).output
+    done = cli("evaluate", run.folder, "--set", "store.placement=ram")
+    assert done.exit_code == 0 and "Not as its recipe" not in done.output
+
+
 def encoder(folder: Path, depth: int) -> Path:
     """Another random ViT of the toy's width."""
     torch.manual_seed(9)
@@ -228,7 +264,7 @@ def encoder(folder: Path, depth: int) -> Path:
 def test_evaluation_with_another_encoder_is_said(cli: Cli, run: Run, tmp_path: Path) -> None:
     recipe = tmp_path / "toy.yaml"
     other = encoder(tmp_path / "vit", depth=6)
-    override = ("--set", f"encoder.weights={other}")
+    override = ("--set", f"encoder.weights={other}", "--set", "seed=4")
     cli("extract", recipe, *override)
     done = cli("evaluate", run.folder, "--on", recipe, *override)
     assert done.exit_code == 0, done.output

@@ -71,6 +71,14 @@ def test_every_combination_seed_by_seed(toy: Callable[..., Path]) -> None:
         ({"set": {"seed": 5}}, "seed cannot be set, a sweep gives each run its own; .*`seeds`"),
         ({"axes": {"a": {"x": {"name": "y"}}}}, "name cannot be set"),
         ({"axes": {"a": {"x": {}, "x-y": {}}, "b": {"y-z": {}, "z": {}}}}, "called s-x-y-z-3"),
+        (
+            {"axes": {"a": {"x": {"train.lr": 1}}, "b": {"y": {}, "z": {"train.lr": 2}}}},
+            r"axes: a sets train\.lr and b sets train\.lr, of which only the later would count",
+        ),
+        (
+            {"axes": {"a": {"x": {"train.lr": 1}}, "b": {"y": {"train": {"steps": 2}}}}},
+            r"axes: a sets train\.lr and b sets train, ",
+        ),
     ],
 )
 def test_bad_sweeps(toy: Callable[..., Path], changes: dict, word: str) -> None:

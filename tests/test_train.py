@@ -141,6 +141,11 @@ def test_it_learns_and_leaves_the_lm_alone(prepare: Callable[..., Parts]) -> Non
     assert load_recipe(run.folder / "recipe.yaml") == parts.recipe
 
 
+MOVED = ("store.placement=ram", "store.shard_rows=100", "encoder.workers=2", "encoder.batch_size=3",
+         "encoder.decode_timeout=9", "decode.batch_size=7", "train.checkpoint_every=5")  # fmt: skip
+"""Bytes are moved otherwise, and nothing else."""
+
+
 @pytest.mark.parametrize("killed_at", [1, 3])  # before and after the first checkpoint
 def test_resuming_gives_the_same_weights_bit_for_bit(
     prepare: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
@@ -160,8 +165,10 @@ def test_resuming_gives_the_same_weights_bit_for_bit(
     with pytest.raises(KeyboardInterrupt):
         fit(Run.create(cut.recipe), cut, validate)
     monkeypatch.undo()
-    resumed = assemble(cut.recipe)
-    run = Run.create(cut.recipe)
+    moved = MOVED if killed_at == 3 else ()
+    recipe = load_recipe(tmp_path / "toy.yaml", (f"runs={tmp_path / 'cut'}", *moved))
+    resumed = assemble(recipe)
+    run = Run.create(recipe)
     assert fit(run, resumed, validate).step == 6
 
     for name in ("last", "best"):
@@ -202,6 +209,45 @@ def test_a_run_of_another_recipe_is_not_touched(prepare: Callable[..., Parts]) -
         Run.create(changed)
     assert run.last.is_file()
     assert not Run.create(changed, overwrite=True).last.exists()
+
+
+def test_a_run_may_go_on_with_bytes_moved_otherwise(
+    toy: Callable[..., Path], vit_folder: Path
+) -> None:
+    """Those of further sources too; but its examples are bound by nothing else than their path."""
+    data = {"kind": "jsonl", "path": "more.jsonl"}
+    path = toy(also={"more": {"data": data, "encoder": {"weights": str(vit_folder)}}})
+    begun = Run.create(load_recipe(path))
+    begun.metrics.touch()
+    for override in (
+        *MOVED, "train.log_every=3", "store.root=elsewhere", "store.backend=hdf5",
+        "data.media_root=images.zip", "data.name=other", "also.more.data.media_root=more.zip",
+        "also.more.encoder.workers=1",
+    ):  # fmt: skip
+        changed = load_recipe(path, (override,))
+        assert changed != load_recipe(path)
+        Run.planned(changed)
+    for override, said in (
+        ("data.path=x", "  data.path: '.*toy.jsonl' there, 'x' wanted"),
+        ("data.limits.train=3", "  data.limits.train: None there, 3 wanted"),
+        ("also.more.data.path=x", "  also.more.data.path: 'more.jsonl' there, 'x' wanted"),
+        ("also={}", r"  also: \{'more'"),
+        ("store.dtype=float32", "  store.dtype: 'float16' there, 'float32' wanted"),
+    ):
+        with pytest.raises(EpalmError, match=f"of another recipe:\n{said}.*\n"):
+            Run.planned(load_recipe(path, (override,)))
+
+
+def test_a_run_without_a_step_is_begun_anew(toy: Callable[..., Path]) -> None:
+    path = toy()
+    first, other = load_recipe(path), load_recipe(path, ("train.lr=0.5",))
+    run = Run.create(first)
+    (run.folder / "features.json").write_text("{}")
+    assert Run.create(other).recorded_features() is None
+    assert load_recipe(run.folder / "recipe.yaml") == other
+    run.metrics.touch()
+    with pytest.raises(EpalmError, match=r"train\.lr: 0\.5 there, 0\.01 wanted"):
+        Run.create(first)
 
 
 def test_imported_weights_are_not_trained_over(prepare: Callable[..., Parts]) -> None:

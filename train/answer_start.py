@@ -17,6 +17,7 @@ from torch.nn.functional import rms_norm
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from epalm.config import Recipe
 from epalm.data.example import Example
 from epalm.data.grouping import chunks
 from epalm.errors import EpalmError
@@ -31,16 +32,28 @@ RIDGE = 0.01  # of the features' mean variance
 GAIN = 2.0
 """On what sets media apart. Each example asks about one of the things that its media shows, such as
 a colour or a shape, so that the regression has each of them fainter than its answer's own state."""
-CLOSED = frozenset({"yes", "no"})
+CLOSED = frozenset({"", "yes", "no"})
 """Answers that say nothing of what is seen unless one knows the question."""
+
+
+def check_answers(examples: Sequence[Example], recipe: Recipe) -> None:
+    """EpalmError when the training answers of one of the recipe's sources are all yes, no or
+    empty."""
+    answered = {e.source for e in examples if _open_answers(e)}
+    for source in recipe.sources() if recipe.also else [""]:
+        if source not in answered:
+            raise EpalmError(
+                "train.connection_start: no training answers but yes, no and empty ones"
+                f"{f' in source {source}' if source else ''}; set it to random"
+            )
 
 
 @torch.no_grad()
 def start_from_answers(parts: Parts, examples: Sequence[Example]) -> Stage:
     """Set the connections of all sources; a seeded choice of the examples is enough.
 
-    Raises:
-        EpalmError: a source's answers are all yes, no or empty.
+    Args:
+        examples: as `check_answers` lets pass.
     """
     begin, seed = time.perf_counter(), parts.recipe.seed
     of = parts.model.trained["connection"]
@@ -50,11 +63,6 @@ def start_from_answers(parts: Parts, examples: Sequence[Example]) -> Stage:
     for source, connection in connections:
         of_source = ((e, _open_answers(e)) for e in examples if e.source == source)
         own = [(e, draw.choice(answers)) for e, answers in of_source if answers]
-        if not own:
-            raise EpalmError(
-                "train.connection_start: no training answers but yes, no and empty ones"
-                f"{f' in source {source}' if source else ''}; set it to random"
-            )
         own = draw.sample(own, min(EXAMPLES, len(own)))
         _set(connection, _features(parts, own, source), _targets(parts, own))
         used += len(own)
@@ -67,7 +75,11 @@ def start_from_answers(parts: Parts, examples: Sequence[Example]) -> Stage:
 
 def _open_answers(example: Example) -> list[str]:
     """Those that say something of its media; of ten annotators one may have said nothing."""
-    return [answer for answer in example.references if answer.strip() and answer not in CLOSED]
+    return [answer for answer in example.references if _plain(answer) not in CLOSED]
+
+
+def _plain(answer: str) -> str:
+    return answer.strip().strip(".!").casefold()
 
 
 def _features(parts: Parts, pairs: Sequence[tuple[Example, str]], source: str) -> torch.Tensor:

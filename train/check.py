@@ -9,12 +9,14 @@ from epalm.model.augmented import AugmentedLM
 from epalm.model.load import lm_dtype, lm_without_weights, load_tokenizer
 from epalm.model.text import TextCodec
 from epalm.store.spec import FeatureSpec, JointSpec
+from epalm.train.answer_start import check_answers
 from epalm.train.batches import check_examples
 from epalm.train.parts import check_prompts, room_of
 
 
 def check_splits(dataset: Dataset, recipe: Recipe) -> None:
-    """EpalmError when there is nothing to train on, or to validate on where that is asked for."""
+    """EpalmError when there is nothing to train on, or to start from or validate on where that is
+    asked for."""
     if not dataset.split("train"):
         there = ", ".join(dataset.counts())
         raise EpalmError(f"data: there are no train examples; splits that have some: {there}")
@@ -24,14 +26,17 @@ def check_splits(dataset: Dataset, recipe: Recipe) -> None:
                 f"train.{field}: there are no val examples; data.val_from_train holds some out of "
                 "the training examples, or set it to null"
             )
+    if recipe.train.connection_start == "answers":
+        check_answers(dataset.split("train"), recipe)
 
 
 def check_training(recipe: Recipe, dataset: Dataset) -> None:
     """Put the recipe's model together without the LM's weights, and look at its prompts.
 
     Raises:
-        EpalmError: there are too few examples, or none of a split; LM, tokenizer or encoder cannot
-            be had; the variant does not fit them; a prompt has no token or no room.
+        EpalmError: there are too few examples, none of a split, or no answer to start from; LM,
+            tokenizer or encoder cannot be had; the variant does not fit them; a prompt has no token
+            or no room.
     """
     check_splits(dataset, recipe)
     check_examples(dataset.split("train"), recipe)

@@ -16,23 +16,37 @@ RUNS/.NAME.lock                  while it is trained
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from epalm.config import Recipe, dump_recipe, load_recipe
+from epalm.config import Recipe, Section, dump_recipe, load_recipe
 from epalm.errors import EpalmError
 from epalm.store.atomic import NUMBER, claim, read_json_lines, write_atomic
 from epalm.store.spec import FeatureSpec, JointSpec, read_spec
 from epalm.store.stage import Stage
 
-FREE_TO_CHANGE = {
-    "evaluate.split", "evaluate.examples", "evaluate.control", "device", "runs", "lm.device_map",
-    "train.accumulate",
+MOVES_BYTES = {
+    "device", "runs", "store.root", "store.backend", "store.shard_rows", "store.placement",
+    "lm.device_map", "encoder.batch_size", "encoder.workers", "encoder.decode_timeout",
+    "decode.batch_size", "data.name", "data.media_root",
 }  # fmt: skip
-"""Recipe fields that may differ when a training is resumed; metrics choose its best weights."""
+"""Recipe fields that say where things are, and in what pieces they are moved."""
+FREE_TO_CHANGE = MOVES_BYTES | {
+    "evaluate.split", "evaluate.examples", "evaluate.control", "train.accumulate",
+    "train.log_every", "train.checkpoint_every",
+}  # fmt: skip
+"""Recipe fields that may differ when a training is resumed; metrics choose its best weights, and
+nothing but `data.path` says what examples it is of."""
+FREE_TO_SCORE = MOVES_BYTES | {
+    "decode", "evaluate", "lm.dtype", "text.max_prompt_tokens", "data.path", "data.bad_media",
+}  # fmt: skip
+"""Fields and sections that may differ when a trained run is evaluated or asked."""
+FREE_ELSEWHERE = FREE_TO_SCORE | {"name", "seed", "data", "encoder", "store"}
+"""The same when it is evaluated on another recipe's data."""
 
 
 _REMEDY = "choose another name (--set name=…), or replace that run with --overwrite"
@@ -58,12 +72,17 @@ class Run:
         self._stages = folder / "stages.json"
         self._features = folder / "features.json"
 
+    @property
+    def begun(self) -> bool:
+        """It has been trained, if only for a step, or its weights were imported."""
+        return any(path.is_file() for path in (self.last, self.best, self.metrics))
+
     @classmethod
     def create(cls, recipe: Recipe, overwrite: bool = False) -> "Run":
         """The recipe's run folder: a new one, or the one to resume; EpalmError as in `planned`."""
         run = cls.planned(recipe, overwrite)
         written = run.folder / "recipe.yaml"
-        if written.is_file() and overwrite:
+        if written.is_file() and (overwrite or not run.begun):
             old = run.folder.with_name(f".{run.folder.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             run.folder.replace(old)  # a run is there or not, never half of it
@@ -80,7 +99,7 @@ class Run:
 
         Raises:
             EpalmError: it cannot be written to, or holds something else, or a run of another recipe
-                that is not to be overwritten.
+                that has been begun and is not to be overwritten.
         """
         run = cls.of(recipe)
         folder = run.folder
@@ -89,8 +108,8 @@ class Run:
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise EpalmError(f"runs: {there} is no folder that can be written to; set another")
         written = folder / "recipe.yaml"
-        if written.is_file() and not overwrite:
-            differences = _differences(load_recipe(written), recipe)
+        if run.begun and written.is_file() and not overwrite:
+            differences = _differences(load_recipe(written), recipe, FREE_TO_CHANGE)
             if differences:
                 lines = "\n".join(f"  {line}" for line in differences)
                 raise EpalmError(f"{folder}: holds a run of another recipe:\n{lines}\n{remedy}")
@@ -136,19 +155,30 @@ class Run:
             trained: False: only what was written of it is wanted, its weights need not be there.
 
         Raises:
-            EpalmError: the folder is none, or holds no trained weights; or an override is about
-                training, which is over.
+            EpalmError: the folder is none, or holds no trained weights; or an override is of
+                something that its training has settled.
         """
         folder = Path(folder)
         if not (folder / "recipe.yaml").is_file():
             raise EpalmError(f"{folder}: not a run folder (no recipe.yaml)")
         run = cls(folder, load_recipe(folder / "recipe.yaml", overrides))
-        for override in overrides:
-            if override.lstrip().startswith("train."):
-                raise EpalmError(f"--set {override}: has no effect on a trained run; leave it out")
+        run.check_changes(FREE_ELSEWHERE)
         if trained and not (run.last.is_file() or run.best.is_file()):
             raise EpalmError(f"{folder}: holds no trained weights ({run.last}); run `train` first")
         return run
+
+    def changes(self, free: Set[str] = MOVES_BYTES) -> list[str]:
+        """What its recipe says otherwise than that in its folder, but for such fields."""
+        return _differences(load_recipe(self.folder / "recipe.yaml"), self.recipe, free)
+
+    def check_changes(self, free: Set[str]) -> None:
+        """EpalmError where its recipe differs from that in its folder in other than such fields."""
+        if changes := self.changes(free):
+            lines = "\n".join(f"  {line}" for line in changes)
+            raise EpalmError(
+                f"{self.folder}: --set has no effect on a trained run, or makes another of it:\n"
+                f"{lines}\nleave it out; docs/evaluation.md says what may be set"
+            )
 
     def bind_features(self, spec: FeatureSpec | JointSpec) -> None:
         """Record what made the features, or compare with what was recorded.
@@ -223,17 +253,23 @@ class Run:
         write_atomic(self.metrics, "".join(kept))
 
 
-def _differences(old: Recipe, new: Recipe) -> list[str]:
+def _differences(old: Section, new: Section, free: Set[str], place: str = "") -> list[str]:
+    """Where two recipes differ, a line a field.
+
+    Args:
+        free: fields and sections that do not count; of all sources, where it is one's.
+        place: of the sections in the recipe.
+    """
     found = []
-    for name in Recipe.model_fields:
-        before, after = getattr(old, name), getattr(new, name)
-        if name in FREE_TO_CHANGE or before == after:
+    for key in type(old).model_fields:
+        name, before, after = f"{place}{key}", getattr(old, key), getattr(new, key)
+        if before == after or re.sub(r"^also\.\w+\.", "", name) in free:
             continue
-        if not hasattr(before, "model_fields_set"):
+        if isinstance(before, Section):
+            found += _differences(before, after, free, f"{name}.")
+        elif key == "also" and before.keys() == after.keys():
+            for source in before:
+                found += _differences(before[source], after[source], free, f"also.{source}.")
+        else:
             found.append(f"{name}: {before!r} there, {after!r} wanted")
-            continue
-        for key in type(before).model_fields:
-            one, other = getattr(before, key), getattr(after, key)
-            if one != other and f"{name}.{key}" not in FREE_TO_CHANGE:
-                found.append(f"{name}.{key}: {one!r} there, {other!r} wanted")
     return found
