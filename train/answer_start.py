@@ -52,9 +52,10 @@ def check_answers(examples: Sequence[Example], recipe: Recipe) -> None:
 def start_from_answers(parts: Parts, examples: Sequence[Example]) -> Stage:
     """Set the connections of all sources; a seeded choice of the examples is enough.
 
-    Args:
-        examples: as `check_answers` lets pass.
+    Raises:
+        EpalmError: as `check_answers` of all examples, of which these may be a few.
     """
+    check_answers(examples, parts.recipe)
     begin, seed = time.perf_counter(), parts.recipe.seed
     of = parts.model.trained["connection"]
     connections = of.of.items() if isinstance(of, Connections) else [("", of)]
