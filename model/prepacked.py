@@ -34,10 +34,11 @@ def prepacked(lm: nn.Module, tokens: int) -> Iterator[None]:
     Args:
         tokens: of text, in this pass.
     """
+    pays = tokens < _MANY and next(lm.parameters()).device.type in PREPACKED_ON and _supported()
     with in_use(lm):
         if lm not in _linears:
             _linears[lm] = linears_in(lm)
-        ours = [linear for linear in _linears[lm] if _can_be(linear)] if tokens < _MANY else []
+        ours = [linear for linear in _linears[lm] if _can_be(linear)] if pays else []
         for linear in ours:
             vars(linear)["forward"] = _of(linear)
         try:
@@ -133,11 +134,10 @@ def _stamp(linear: nn.Linear) -> tuple[int, int, int, int]:
 def _can_be(linear: nn.Linear) -> bool:
     weight = linear.weight
     return (
-        weight.device.type in PREPACKED_ON
+        weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
         and not (weight.requires_grad or weight.is_inference())
         and "forward" not in vars(linear)
-        and _supported()
     )
 
 
