@@ -9,16 +9,8 @@ from epalm.errors import EpalmError
 from epalm.store.atomic import write_atomic
 from epalm.store.backend import check_backend
 from epalm.store.column import Column
-from epalm.store.feature_set import (
-    NEW,
-    OLD,
-    FeatureSet,
-    Layout,
-    beside,
-    finish_conversion,
-    leftovers,
-    open_set,
-)
+from epalm.store.feature_set import FeatureSet, Layout, open_set
+from epalm.store.interrupted import NEW, OLD, beside, finish_conversion, leftovers
 from epalm.store.maintenance import Idle, Progress
 
 

@@ -12,7 +12,6 @@
 More media, views, layers or tokens are more shards or columns; what is there is not touched.
 """
 
-import errno
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,15 +22,10 @@ from epalm.errors import EpalmError
 from epalm.store.atomic import locked, read_json_lines, write_atomic
 from epalm.store.backend import check_backend
 from epalm.store.column import Column
+from epalm.store.interrupted import OLD, finish_conversion
 from epalm.store.marker import Failure
 from epalm.store.spec import ColumnSpec, FeatureSpec
 from epalm.store.stage import Stage
-
-OLD = ".converted-"
-"""Before the name of a set that a conversion has replaced, until it is deleted."""
-
-NEW = ".converting-"
-"""Before the name of a set that a conversion is making."""
 
 OF_A_SET = ("spec.json", "layout.json")
 
@@ -334,43 +328,6 @@ def open_set(folder: Path) -> FeatureSet:
             "weights_address, as in another feature set of this kind"
         ) from None
     return FeatureSet(folder, spec, layout)
-
-
-def finish_conversion(folder: Path) -> None:
-    """Bring back a set whose conversion was interrupted while folders changed places.
-
-    Its folder may be there again, made by another process, with a lock and nothing else.
-
-    Raises:
-        EpalmError: there is something else in it.
-    """
-    moved = beside(folder, OLD)
-    if not moved.is_dir() or (folder / "layout.json").is_file():
-        return
-    (folder / ".lock").unlink(missing_ok=True)
-    try:
-        moved.rename(folder)
-    except FileNotFoundError:  # another process has brought it back
-        pass
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        raise EpalmError(
-            f"{folder}: has no layout.json; an interrupted conversion has left the set in {moved}: "
-            "move away what is in the former, and repeat the command"
-        ) from None
-
-
-def leftovers(folder: Path) -> list[Path]:
-    """What killed conversions of a set have left beside its folder, where that is whole."""
-    if not (folder / "layout.json").is_file():
-        return []
-    return [path for path in (beside(folder, NEW), beside(folder, OLD)) if path.is_dir()]
-
-
-def beside(folder: Path, prefix: str) -> Path:
-    """Where a conversion puts another form of a set: `prefix` is NEW or OLD."""
-    return folder.parent / f"{prefix}{folder.name}"
 
 
 def folder_name(spec: FeatureSpec) -> str:

@@ -9,7 +9,8 @@ from typing import NamedTuple, TypeVar
 from epalm.errors import EpalmError
 from epalm.store.atomic import claim, locked
 from epalm.store.column import Column
-from epalm.store.feature_set import Catalogue, FeatureSet, leftovers, open_set, specs
+from epalm.store.feature_set import Catalogue, FeatureSet, open_set, specs
+from epalm.store.interrupted import leftovers
 from epalm.store.needs import needs
 from epalm.store.writer import ColumnWriter
 
