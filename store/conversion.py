@@ -1,5 +1,6 @@
 """Moving a feature set to another backend."""
 
+import errno
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -24,7 +25,8 @@ def convert(
     removed: by this conversion, or after a kill by the next one or `cache gc`.
 
     Raises:
-        EpalmError: no such backend, an extraction is running, or a shard is broken.
+        EpalmError: no such backend, an extraction is running, a shard is broken, or another process
+            came for the set just when folders changed places.
     """
     check_backend(backend)
     work, old = beside(features.folder, NEW), beside(features.folder, OLD)
@@ -40,11 +42,23 @@ def convert(
         try:
             _write(features, replace(features.layout, backend=backend), work, progress)
             features.folder.rename(old)
-            work.rename(features.folder)
+            _put_in_place(work, features.folder)
             shutil.rmtree(old, ignore_errors=True)  # `cache gc` may be at it
         finally:
             tidy()
     return open_set(features.folder)
+
+
+def _put_in_place(work: Path, folder: Path) -> None:
+    try:
+        work.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise EpalmError(
+            f"{folder}: another process came for the set while its folders changed places; it is "
+            "as it was; repeat the command when nothing else uses it"
+        ) from None
 
 
 def _check_markers(features: FeatureSet) -> None:
