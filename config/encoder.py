@@ -26,11 +26,8 @@ class ViewsConfig(Section):
 
     @model_validator(mode="after")
     def _are_there(self) -> "ViewsConfig":
-        if self.count:
-            return self
-        for name, field in type(self).model_fields.items():
-            if getattr(self, name) != field.default:
-                raise ValueError(f"{name} is of augmented views, and count 0 has none; set count")
+        if not self.count and (names := self.changed()):
+            raise ValueError(f"{names[0]} is of augmented views, and count 0 has none; set count")
         return self
 
 

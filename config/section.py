@@ -34,3 +34,11 @@ class Section(BaseModel):
             if isinstance(value, bool) and field and field.annotation is not bool:
                 raise ValueError(f"{name} is no switch; it cannot be {str(value).lower()}")
         return tree
+
+    def changed(self) -> list[str]:
+        """Fields that are not at their defaults, in their order."""
+        return [
+            name
+            for name, field in type(self).model_fields.items()
+            if getattr(self, name) != field.default
+        ]

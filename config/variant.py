@@ -28,11 +28,8 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _are_there(self) -> "AdapterConfig":
-        if self.reduction:
-            return self
-        for name, field in type(self).model_fields.items():
-            if getattr(self, name) != field.default:
-                raise ValueError(f"{name} is of adapters, and reduction 0 has none; set reduction")
+        if not self.reduction and (names := self.changed()):
+            raise ValueError(f"{names[0]} is of adapters, and reduction 0 has none; set reduction")
         return self
 
 

@@ -25,11 +25,9 @@ def augmentation(recipe: Recipe, modality: str) -> dict[str, Any]:
 
 def check_views(recipe: Recipe, modality: str) -> None:
     """EpalmError for a number of another modality's views: it would change nothing."""
-    views = recipe.encoder.views
-    for name, field in type(views).model_fields.items():
-        if name in ("count", "seed", *_FIELDS[modality]) or getattr(views, name) == field.default:
-            continue
-        raise EpalmError(f"encoder.views.{name}: has no meaning for {modality}; leave it out")
+    for name in recipe.encoder.views.changed():
+        if name not in ("count", "seed", *_FIELDS[modality]):
+            raise EpalmError(f"encoder.views.{name}: has no meaning for {modality}; leave it out")
 
 
 def view_seed(seed: int, content_hash: str, view: int) -> int | None:

@@ -83,8 +83,10 @@ class ColumnWriter:
                 for row in rows:
                     missing.pop(row, None)
             for marker in column.markers.values():
-                tried = marker.failed.keys() == set(marker.hashes) and marker.shard not in plans
-                if tried and missing.keys() >= set(marker.rows):  # nothing else stands there
+                if not marker.failed or marker.shard in plans:
+                    continue
+                tried = marker.failed.keys() == set(marker.hashes)  # nothing else stands there
+                if tried and missing.keys() >= set(marker.rows):
                     self._plan_in_place(marker)
                     pending[marker.shard] = len(marker.hashes)
                     for row in marker.rows:
