@@ -95,7 +95,7 @@ def same(run: Run, other: Run) -> None:
     """Losses at each step, scores, final weights and optimiser state."""
     assert [step for step, _ in lines(run)] == [step for step, _ in lines(other)]
     for (_, one), (_, two) in zip(lines(run), lines(other), strict=True):
-        assert one == pytest.approx(two, rel=1e-9)
+        assert one == pytest.approx(two, rel=1e-6)  # kept in float32
     ours, theirs = weights(run), weights(other)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
