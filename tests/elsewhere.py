@@ -3,9 +3,10 @@
     python -m epalm.tests.elsewhere < COMMANDS
 
 Tensors on the device `elsewhere` hold their numbers in a tensor on the CPU. As with a GPU's, an
-operation refuses tensors of both devices, and numpy refuses theirs; nothing that the code does for
-the CPU alone is done for them. COMMANDS is a JSON list of lists of arguments of `pipeline.py`, which
-run in this process; printed is a JSON list of [exit code, output], one for each.
+operation refuses tensors of both devices, and numpy refuses theirs. What the code does for the CPU
+alone is not done for them, nor what it does for CUDA alone. COMMANDS is a JSON list of lists of
+arguments of `pipeline.py`, which run in this process; printed is a JSON list of [exit code,
+output], one for each.
 
 The device is told to torch for the whole process, so tests start one of its own for it.
 """
@@ -13,11 +14,14 @@ The device is told to torch for the whole process, so tests start one of its own
 import functools
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from click.testing import CliRunner
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -91,7 +95,7 @@ def _call(function: Any, args: Any, named: dict[str, Any]) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
         with torch.inference_mode(torch.is_inference_mode_enabled() and not normal):
-            return known.get(id(x)) or Elsewhere(x)
+            return known[id(x)] if id(x) in known else Elsewhere(x)
 
     return tree_map(wrapped, out)
 
@@ -122,16 +126,32 @@ class _Module:
     set_rng_state = staticmethod(lambda state, device=0: torch.set_rng_state(state))
 
 
-def _through_the_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+class _ThroughTheCPU(TorchFunctionMode):
     """`torch.tensor` makes nothing on a device in Python by itself."""
 
-    @functools.wraps(make)
-    def made(*args: Any, device: Any = None, **named: Any) -> torch.Tensor:
-        if device is not None and torch.device(device).type == NAME:
-            return make(*args, **named).to(device)
-        return make(*args, device=device, **named)
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), named: Any = None
+    ) -> Any:
+        named = named or {}
+        device = named.get("device")
+        ours = device is not None and torch.device(device).type == NAME
+        if ours and function in (torch.tensor, torch.as_tensor):
+            return function(*args, **{**named, "device": "cpu"}).to(device)
+        return function(*args, **named)
 
-    return made
+
+def _keeping_ties(to: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """`nn.Module.to` makes new parameters of such a device: tied ones would come apart."""
+
+    @functools.wraps(to)
+    def moved(*args: Any, **named: Any) -> nn.Module:
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            return to(*args, **named)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+
+    return moved
 
 
 def register() -> torch.library.Library:
@@ -140,11 +160,15 @@ def register() -> torch.library.Library:
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda function, *args, **named: _call(function, args, named), "PrivateUse1")
     library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    torch.tensor, torch.as_tensor = map(_through_the_cpu, (torch.tensor, torch.as_tensor))
+    nn.Module.to = _keeping_ties(nn.Module.to)
+    _ThroughTheCPU().__enter__()
     return library
 
 
 if __name__ == "__main__":
     registered = register()
     results = [CliRunner().invoke(main, command) for command in json.load(sys.stdin)]
-    print(json.dumps([[result.exit_code, result.output[-2000:]] for result in results]))
+    for result in results:
+        if result.exc_info and not isinstance(result.exception, SystemExit):
+            traceback.print_exception(*result.exc_info)
+    print(json.dumps([[result.exit_code, result.output] for result in results]))
