@@ -11,9 +11,15 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import Result
+from torch.utils import backend_registration
 from transformers import PreTrainedTokenizerFast
 
 from epalm.tests.conftest import tiny_llama
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch has no devices in Python",
+)
 
 RUNS: dict[str, dict[str, Any]] = {
     "soft-prompt": {"decode.num_beams": 2, "decode.max_new_tokens": 2},
