@@ -1,6 +1,7 @@
 """How prompts and answers become token ids, alike in training and generation."""
 
 from collections.abc import Hashable, Iterable, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ class TextCodec:
         self.tokenizer, self.config = tokenizer, config
         self.eos: int = tokenizer.eos_token_id
         self.pad: int = tokenizer.pad_token_id
+        self.separators = frozenset(map(tokenizer.convert_tokens_to_ids, config.special_tokens))
 
     def prompt(self, text: str) -> list[int]:
         """Ids of the filled template, with whatever the tokenizer puts first (OPT: BOS).
@@ -75,8 +77,13 @@ class TextCodec:
         return [*ids, self.eos]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of generated ids up to the end token, without surrounding white space."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        """The text of generated ids up to the end token, without surrounding white space.
+
+        An answer ends before another of `text.special_tokens` too, as in the official code
+        (convention 28, its bug 15).
+        """
+        answer = list(takewhile(lambda token: token not in self.separators, ids))
+        return self.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
 def pad_left(sequences: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

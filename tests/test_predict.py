@@ -1,5 +1,6 @@
 """`predict` on files, folders and JSON lines."""
 
+import copy
 import io
 import json
 import sys
@@ -7,12 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
+from transformers import PreTrainedTokenizerFast
 
+from epalm.config import TextConfig
 from epalm.errors import EpalmError
 from epalm.evaluate.predict import Predictor
 from epalm.evaluate.predict_inputs import Asked, asked
 from epalm.evaluate.stream import AnswerStreamer
+from epalm.model.text import TextCodec
 from epalm.train.checkpoint import save_weights
 from epalm.train.parts import Parts
 from epalm.train.progress import Progress
@@ -63,6 +68,25 @@ def test_white_space_around_an_answer_is_not_streamed(predictor: Predictor) -> N
     for text in (" ", " a ", "\n", "b", " c\n", " "):
         streamer.on_finalized_text(text)
     assert words == ["a", " \nb", " c"]
+
+
+def test_an_answer_ends_before_another_separator(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As the official code cuts it (convention 28); the prompt's own separator ends nothing."""
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"additional_special_tokens": ["</a>"]})
+    text = TextConfig(template="{prompt}?</a>", answer_prefix="", special_tokens=("</a>",))
+    codec = TextCodec(own, text)
+    prompt, red = codec.prompt("what color"), codec.answer("red")[:-1]
+    assert prompt[-1:] == own.convert_tokens_to_ids(["</a>"])
+    answer = [*red, prompt[-1], *red, codec.eos, codec.pad]
+    assert codec.decode(answer) == codec.decode([*red, codec.eos, codec.pad]) == "red"
+    words: list[str] = []
+    streamer = AnswerStreamer(codec, words.append)
+    streamer.put(torch.tensor([prompt]))
+    for token in answer:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(words) == "red"
 
 
 def test_a_folder(cli: Cli, run: Run, tmp_path: Path) -> None:
