@@ -15,7 +15,7 @@ from epalm.train.run import Run
 def differences(a: Run, b: Run) -> dict[str, Difference]:
     """Scores of run B less those of run A, on the same examples.
 
-    For each metric of A's recipe that can be resampled.
+    For each metric of A's recipe that can be resampled, and by which both have a score.
 
     Both runs' predictions are scored again, by the dataset of A's recipe.
 
@@ -38,7 +38,7 @@ def differences(a: Run, b: Run) -> dict[str, Difference]:
     found = {}
     for name, metric in evaluation_metrics(a.recipe, dataset).items():
         scores = [metric(given, examples) for given in predictions]
-        if scores[0].of_rows is not None:  # cannot be resampled
+        if scores[0].of_rows is not None or not all(each.n for each in scores):
             continue
         found[name] = compare(scores[0], scores[1], media, a.recipe.data_seed)
     return found

@@ -276,3 +276,23 @@ def test_two_runs_are_not_compared_by_their_distribution(
         runs.append(run)
     assert list(metrics) == list(default_metrics(examples, Setting(data=config, split="val")))
     assert differences(*runs).keys() == metrics.keys() - {"gqa_distribution"}
+
+
+def test_two_runs_are_not_compared_by_what_neither_has(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of wrong answers alone no consistency follows; a difference of two such is no finding."""
+    config = write(tmp_path)
+    data = {"kind": "gqa", "path": config.path, "files": config.files}
+    runs = []
+    for name in ("a", "b"):
+        recipe = load_recipe(toy(name=name, data=data, evaluate={"split": "val"}))
+        run = Run.create(recipe)
+        lines = [
+            json.dumps({"id": e.id, "references": e.references, "prediction": "neither"})
+            for e in load_dataset(recipe).split("val")
+        ]
+        (run.folder / "predictions.jsonl").write_text("\n".join(lines) + "\n")
+        runs.append(run)
+    found = differences(*runs)
+    assert "normalised_match" in found and "gqa_consistency" not in found

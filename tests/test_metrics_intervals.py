@@ -95,6 +95,17 @@ def test_permutation_p_is_that_of_all_permutations() -> None:
     assert found.mcnemar is None
 
 
+def test_what_leaves_a_run_without_a_score_is_no_evidence() -> None:
+    """Of 16 exchanges 2 are as far apart as the runs are, and 2 leave one of them nothing."""
+    none = np.nan
+    a, b = mean_scores([0, 0, none, none]), mean_scores([none, none, 1, 1])
+    found = compare(a, b, names(4, 4), seed=0)
+    assert (found.value, found.mcnemar) == (1, None)
+    assert found.p == pytest.approx(4 / 16, abs=0.02)
+    with pytest.raises(ValueError, match="without a score"):
+        compare(a, mean_scores([none] * 4), names(4, 4), seed=0)
+
+
 def test_equal_runs_do_not_differ_and_clear_ones_do() -> None:
     right = mean_scores(np.arange(100) % 2)
     same = compare(right, right, names(100, 100), seed=0, resamples=500)

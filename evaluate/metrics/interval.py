@@ -48,7 +48,7 @@ class Difference:
         value: B - A.
         interval: 95% of the paired bootstrap over media.
         p: two-sided, of the paired permutation test over media: how often runs that are
-            exchangeable differ at least so much.
+            exchangeable differ at least so much, or leave one of them without a score.
         mcnemar: two-sided p of the exact McNemar test over single examples, for scores that are 0
             or 1 throughout; None for others. It takes examples for independent.
     """
@@ -65,10 +65,13 @@ def compare(
     """Whether two runs differ on the same N examples.
 
     Raises:
-        ValueError: the runs were not scored on the same examples, or on fewer than two media.
+        ValueError: the runs were not scored on the same examples, or on fewer than two media, or
+            one of them has no example that counts.
     """
     if a.statistics.shape != b.statistics.shape:
         raise ValueError("the two runs were not scored on the same examples")
+    if not (a.n and b.n):
+        raise ValueError("a run without a score differs from none")
     sums_a, sums_b = _sums_by_media(a.statistics, media), _sums_by_media(b.statistics, media)
     if len(sums_a) < 2:
         raise ValueError("fewer than two media cannot be resampled")
@@ -83,7 +86,8 @@ def compare(
     at_least = 0
     exchanged = np.concatenate([sums_b, sums_a], axis=1)
     for block in _swapped(both, exchanged, seed, resamples):
-        at_least += int((np.abs(difference(block)) >= abs(observed) - 1e-12).sum())
+        less = np.abs(difference(block)) < abs(observed) - 1e-12  # NaN is not
+        at_least += int((~less).sum())
     return Difference(
         observed,
         _percentiles(np.concatenate(drawn)),
