@@ -116,6 +116,19 @@ def test_questions_are_scored_and_beams_weighed_as_the_papers_were(path: Path) -
         assert recipe.decode.length_penalty == (0.2 if asks and beams else 1)
 
 
+def test_steps_are_those_of_whole_batches() -> None:
+    """As each comment says them, and as an epoch here leaves out what fills no batch."""
+    pattern = r"steps: (\d+) +# (\d+) epochs of ([\d,]+) \w+ in batches of (\d+)"
+    found = [
+        (path, *(int(number.replace(",", "")) for number in numbers))
+        for path in sorted((ROOT / "recipes").glob("*/*.yaml"))
+        for numbers in re.findall(pattern, path.read_text())
+    ]
+    assert len(found) > 15
+    for path, steps, epochs, examples, batch in found:
+        assert steps == epochs * (examples // batch), path
+
+
 def test_every_recipe_is_on_the_page() -> None:
     page = (ROOT / "docs" / "paper.md").read_text()
     named = set(re.findall("`([a-z0-9][^`: ]*)`", page))

@@ -90,7 +90,7 @@ def _cosine(step: int, config: TrainConfig) -> float:
 def _official(step: int, config: TrainConfig) -> float:
     """The official code's (convention 25): a stair in the first epoch, then a cosine over epochs.
 
-    The stair has the peak from its 401st step on; an epoch that is shorter leaves it half-way
+    The stair has the peak from step 401 on; an epoch that is shorter leaves it half-way
     (bug 28). Later epochs have one rate each.
     """
     assert config.epochs is not None  # the recipe is checked for it
