@@ -7,11 +7,12 @@
     {"caption": text or list of texts, "video" or "audio": file name}
 
 Answers are drawn in training by their score (convention 18); the references hold each as often as
-its score has tenths. Of questions whose label has no score, nothing is learnt (the official code
-would teach to answer nothing), and every prediction about them is wrong. VQA v2 is better read with
-`kind: vqa2`, `splits: karpathy`, which knows the ten answers. Several records about one media with
-captions become one example. Ids begin with the split, as the official code keeps splits apart and
-nothing says that they share no id.
+its score has tenths. In evaluation each of them is right, where the official code counts its score
+(convention 29), which is 1 for the single answers of GQA and video QA. Of questions whose label has
+no score, nothing is learnt (the official code would teach to answer nothing), and every prediction
+about them is wrong. VQA v2 is better read with `kind: vqa2`, `splits: karpathy`, which knows the
+ten answers. Several records about one media with captions become one example. Ids begin with the
+split, as the official code keeps splits apart and nothing says that they share no id.
 
 `data.media_name` may name {media}: the file name, or for COCO's images their folder and name.
 """
