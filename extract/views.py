@@ -41,7 +41,8 @@ def view_seed(seed: int, content_hash: str, view: int) -> int | None:
 class SpatialAugmentation:
     """RandomResizedCrop, flip and RandAugment, alike for all frames of a video.
 
-    torchvision's RandAugment stands for the official code's ten-operation variant of it
+    torchvision's RandAugment stands for the official code's ten-operation variant of it, which
+    does each operation half of the time, with a magnitude that is of 10, not of 30
     (conventions 20, 21).
     """
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from torchvision.transforms import v2
 from transformers import PreTrainedTokenizerFast
 
 from epalm.config import load_recipe
@@ -114,6 +115,15 @@ def test_questions_are_scored_and_beams_weighed_as_the_papers_were(path: Path) -
         asks = recipe.data.kind in ("vqa2", "gqa", "msrvtt-qa", "msvd-qa")
         beams = recipe.decode.num_beams > 1
         assert recipe.decode.length_penalty == (0.2 if asks and beams else 1)
+
+
+@pytest.mark.parametrize("name", ["msvd-qa", "msrvtt-qa", "msrvtt", "table13-vit"])
+def test_videos_are_augmented_as_in_the_official_code(name: str) -> None:
+    """By torchvision's RandAugment as it comes (convention 21)."""
+    views, theirs = load_recipe(PAPER / f"{name}.yaml").encoder.views, v2.RandAugment()
+    ours = views.randaugment_ops, views.randaugment_magnitude
+    assert ours == (theirs.num_ops, theirs.magnitude)
+    assert (views.crop_scale, views.flip) == ((0.5, 1.0), v2.RandomHorizontalFlip().p)
 
 
 def test_steps_are_those_of_whole_batches() -> None:
