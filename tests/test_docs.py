@@ -87,9 +87,11 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("path", PAGES + RECIPES, ids=lambda p: p.stem)
 def test_overrides_in_prose_are_fields(path: Path) -> None:
+    """One by one, or together where they follow one another."""
     text = path.read_text().replace("\n# ", " ")
-    for override in re.findall(r"--set\s+'?([\w.]+=[\w.\[\],:/-]*[\w\]])", text):
-        load_recipe(DEMO, (override,))
+    override = r"--set\s+'?([\w.]+=[\w.\[\],:/-]*[\w\]])'?"
+    for found in re.finditer(rf"(?:{override}[\s\\]*)+", text):
+        load_recipe(DEMO, tuple(re.findall(override, found[0])))
 
 
 @pages
