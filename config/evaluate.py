@@ -45,7 +45,9 @@ class DecodeConfig(Section):
     @model_validator(mode="after")
     def _penalised_beams_are_several(self) -> "DecodeConfig":
         if self.length_penalty != 1 and self.num_beams == 1:
-            raise ValueError("length_penalty compares beams; set num_beams to 2 or more")
+            raise ValueError(
+                "length_penalty compares beams; set num_beams to 2 or more, or length_penalty to 1"
+            )
         return self
 
 
