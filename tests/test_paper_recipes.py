@@ -5,14 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 from torchvision.transforms import v2
-from transformers import PreTrainedTokenizerFast
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from epalm.config import load_recipe
+from epalm.model.augmented import AugmentedLM
 from epalm.sweep import load_sweep
 from tests.conftest import tiny_opt
 
+AST, TIMESFORMER, VIT_L = (12, 768, 86.6), (12, 768, 121.3), (24, 1024, 303.3)
+"""Layers, width, and millions of weights."""
 ROOT = Path(__file__).parents[1]
 PAPER = ROOT / "recipes" / "paper"
 SWEEPS = ROOT / "recipes" / "sweeps"
@@ -124,6 +128,31 @@ def test_videos_are_augmented_as_in_the_official_code(name: str) -> None:
     ours = views.randaugment_ops, views.randaugment_magnitude
     assert ours == (theirs.num_ops, theirs.magnitude)
     assert (views.crop_scale, views.flip) == ((0.5, 1.0), v2.RandomHorizontalFlip().p)
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "percent"),
+    [
+        ("audiocaps", AST, 0.90), ("audiocaps-pt", AST, 0.55), ("table15-adapters", AST, 3.76),
+        ("table15-adapters-top", AST, 3.76), ("table15-deep-prompt", AST, 0.93),
+        ("msvd-qa", TIMESFORMER, 0.89), ("msvd-qa-pt", TIMESFORMER, 0.54),
+        ("msrvtt-qa-frozenbilm", TIMESFORMER, 3.72), ("vqa2-pt-l", VIT_L, 0.06),
+    ],
+)  # fmt: skip
+def test_trained_share_is_the_papers(
+    name: str, encoder: tuple[int, int, float], percent: float
+) -> None:
+    """Tables 3, 4 and 15 print it, and it tells what a row trains where the text does not."""
+    recipe = load_recipe(PAPER / f"{name}.yaml")
+    width = {"hf:facebook/opt-2.7b": 2560, "hf:facebook/opt-6.7b": 4096}[recipe.lm.weights]
+    sizes = {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width}
+    config = OPTConfig(num_hidden_layers=32, num_attention_heads=32, **sizes)
+    layers, dim, millions = encoder
+    with torch.device("meta"):
+        model = AugmentedLM.from_config(OPTForCausalLM(config), recipe.variant, layers, dim)
+    trained = sum(p.numel() for p in model.trained.parameters())
+    total = sum(p.numel() for p in model.lm.parameters()) + trained + millions * 1e6
+    assert round(100 * trained / total, 2) == percent
 
 
 def test_steps_are_those_of_whole_batches() -> None:
