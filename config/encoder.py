@@ -21,7 +21,7 @@ class ViewsConfig(Section):
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
     randaugment_ops: int = Field(2, ge=0, description="RandAugment operations per view; 0: none")
     randaugment_magnitude: int = Field(
-        9, ge=0, le=30, description="of 30; torchvision's own, the official one for videos"
+        9, ge=0, le=30, description="of 30; the official one for videos (convention 21)"
     )
     frequency_mask: int = Field(24, ge=0, description="audio: widest masked band, mel bins")
     time_mask: int = Field(96, ge=0, description="audio: longest masked stretch, fbank frames")
