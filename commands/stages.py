@@ -185,7 +185,7 @@ def evaluate(
     """Score a run; `remarks` says in sentences what is to be added, in the report too.
 
     Raises:
-        EpalmError: it cannot be scored, or its recipe is not the one it was trained by.
+        EpalmError: it cannot be scored, or its recipe or LM is not the one it was trained by.
     """
     from epalm.evaluate.figures import draw_loss
     from epalm.evaluate.report import write_report
@@ -193,9 +193,11 @@ def evaluate(
     from epalm.evaluate.table import headline
     from epalm.store.atomic import writing_into
     from epalm.train.checkpoint import load_weights
+    from epalm.train.inputs import check_lm
     from epalm.train.run import FREE_TO_SCORE
 
     run.check_changes(FREE_TO_SCORE)
+    check_lm(run, parts.codec)
     progress = load_weights(weights, parts.model)
     with writing_into(run.folder, "run folder"):
         scores = score(run, parts, progress.step)
@@ -218,12 +220,14 @@ def evaluate_on(run: "Run", recipe: Path, overrides: tuple[str, ...], weights: P
     """Evaluate a run on another recipe's data."""
     from epalm.config import load_recipe
     from epalm.evaluate.elsewhere import begin, differences, elsewhere, gap
+    from epalm.train.inputs import check_lm
     from epalm.train.parts import assemble
     from epalm.train.run import Run
 
     other = load_recipe(recipe, overrides)
     there, target = elsewhere(run, other), Run.of(other)
     parts = assemble(there.recipe)
+    check_lm(run, parts.codec)
     said = differences(run, parts.features.spec)
     if parts.accelerator.is_main_process:
         begin(there)

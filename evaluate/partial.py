@@ -79,7 +79,7 @@ def binding_of(
     features: str,
     model: AugmentedLM,
     examples: Sequence[Example],
-    shown: Sequence[str],
+    shown: Sequence[tuple[str, str]],
 ) -> str:
     """16 hex digits that follow from all that decides the answers.
 
@@ -89,10 +89,10 @@ def binding_of(
         features: what made them, in canonical form.
         model: its trained weights and the number format of its LM, which `lm.dtype: auto` leaves to
             the device.
-        shown: media id shown with each example.
+        shown: id and content hash of the media shown with each example.
     """
     decode = recipe.decode.model_dump(exclude=None if recipe.decode.do_sample else {"batch_size"})
-    asked = [(e.id, e.prompt, media) for e, media in zip(examples, shown, strict=True)]
+    asked = [(e.id, e.prompt, *media) for e, media in zip(examples, shown, strict=True)]
     tree: dict[str, Any] = {
         "lm": recipe.lm.weights,
         "lm_dtype": str(model.dtype),

@@ -21,6 +21,7 @@ from epalm.model.connection import Features
 from epalm.model.pretrained import AugmentedConfig
 from epalm.store.spec import FeatureSpec, JointSpec, read_spec
 from epalm.train.checkpoint import load_weights
+from epalm.train.inputs import check_lm
 from epalm.train.parts import build_model
 from epalm.train.run import Run
 
@@ -71,7 +72,8 @@ class Predictor:
         run.bind_features(spec)
         device = choose_device(alone.device)
         encoder = build(alone, device)
-        model, _ = build_model(run.recipe, spec, device, encoder)
+        model, codec = build_model(run.recipe, spec, device, encoder)
+        check_lm(run, codec)
         load_weights(checkpoint, model)
         return cls._of_source(alone, source, spec, model, encoder)
 

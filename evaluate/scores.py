@@ -145,7 +145,8 @@ def _timed_answers(
     label: str,
 ) -> list[str]:
     """Answers, those that an interrupted evaluation has left among them."""
-    shown = [e.media if media_of is None else media_of[e.media] for e in examples]
+    media = [e.media if media_of is None else media_of[e.media] for e in examples]
+    shown = [(each, parts.features.content_hash(each)) for each in media]
     binding = binding_of(run.recipe, parts.features.spec.canonical(), parts.model, examples, shown)
     place, places = parts.accelerator.process_index, parts.accelerator.num_processes
     partial = PartialAnswers(run.folder, label, binding, place, places)

@@ -99,6 +99,10 @@ class FeatureTable:
         """How many augmented views there are of a training media."""
         return self.views
 
+    def content_hash(self, media: str) -> str:
+        """SHA-256 of the file that a media's features were made of."""
+        return self._hash_of[media]
+
     def has(self, media: str, view: int) -> bool:
         """The store holds this view of the media."""
         group = self._augmented if view else self._plain

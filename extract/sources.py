@@ -47,6 +47,11 @@ class SourceTables:
         source, own = split_id(media)
         return self.tables[source].view_count(own)
 
+    def content_hash(self, media: str) -> str:
+        """As FeatureTable's."""
+        source, own = split_id(media)
+        return self.tables[source].content_hash(own)
+
     def place(self, placement: str, device: torch.device) -> None:
         """As FeatureTable's, of all sources.
 

@@ -136,20 +136,21 @@ def test_an_interrupted_control_leaves_the_answers(
 
 
 def test_another_evaluation_starts_anew(parts: Parts) -> None:
-    """Other weights, number format of the LM, examples, decoding; but the batch size of greedy
-    answers does not matter."""
-    examples, shown = parts.dataset.examples, [e.media for e in parts.dataset.examples]
+    """Other weights, number format of the LM, examples, content of media, decoding; but the batch
+    size of greedy answers does not matter."""
+    examples = parts.dataset.examples
 
-    def binding(examples: Sequence = examples, **changes: object) -> str:
+    def binding(examples: Sequence = examples, content: str = "", **changes: object) -> str:
         recipe = parts.recipe.model_copy(
             update={"decode": parts.recipe.decode.model_copy(update=changes)}
         )
+        shown = [(e.media, content) for e in parts.dataset.examples]
         return binding_of(recipe, "features", parts.model, examples, shown)
 
     first = binding()
     same = {first, binding(batch_size=2)}
     drawn = {binding(do_sample=True), binding(do_sample=True, batch_size=2)}
-    others = {binding(num_beams=2), binding(examples[::-1])}
+    others = {binding(num_beams=2), binding(examples[::-1]), binding(content="x")}
     with torch.no_grad():
         next(parts.model.trained.parameters())[0] += 1
     others.add(binding())
@@ -157,8 +158,8 @@ def test_another_evaluation_starts_anew(parts: Parts) -> None:
     others.add(binding())
     parts.model.lm.to(torch.float16)
     others.add(binding())
-    assert (len(same), len(drawn), len(others)) == (1, 2, 5)
-    assert len(same | drawn | others) == 8
+    assert (len(same), len(drawn), len(others)) == (1, 2, 6)
+    assert len(same | drawn | others) == 9
 
 
 def test_processes_see_what_all_have_answered(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from epalm.train.batches import TrainingBatches
 from epalm.train.checkpoint import load_state, save_state, save_weights
 from epalm.train.clock import Clock, peak_memory, words_for_rates
 from epalm.train.guard import FiniteGuard
+from epalm.train.inputs import bind_inputs
 from epalm.train.log import Log
 from epalm.train.optimiser import learning_rates, make_optimiser
 from epalm.train.parts import Parts
@@ -54,8 +55,8 @@ class Training:
         max_steps: stop after this step of the recipe's, to go on another time.
 
     Raises:
-        EpalmError: the run is of other features, its last checkpoint cannot be read, or its weights
-            were imported.
+        EpalmError: the run is of other features, another LM or other examples, its last checkpoint
+            cannot be read, or its weights were imported.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Training:
         self.run, self.parts, self.batches, self.validate = run, parts, batches, validate
         run.writes = accelerator.is_main_process
         run.bind_features(parts.features.spec)
+        bind_inputs(run, parts)
         if parts.features.extraction is not None:
             run.add_stage("extract", parts.features.extraction)
         self.optimiser = make_optimiser(parts.model, config)

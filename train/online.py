@@ -76,6 +76,10 @@ class OnlineFeatures:
         """As FeatureTable's."""
         return self.views
 
+    def content_hash(self, media: str) -> str:
+        """As FeatureTable's."""
+        return self._files[media][1]
+
     @torch.no_grad()
     def fetch(
         self,

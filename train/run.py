@@ -3,6 +3,7 @@
 RUNS/NAME/
     recipe.yaml                  the recipe, resolved
     features.json                what made its features (FeatureSpec, or JointSpec)
+    inputs.json                  hashes of its LM and examples (train/inputs.py)
     metrics.jsonl                one line per logged step and per validation
     tensorboard/                 the same for TensorBoard
     checkpoints/last.safetensors, best.safetensors
@@ -69,6 +70,7 @@ class Run:
         self.best = folder / "checkpoints" / "best.safetensors"
         self.metrics = folder / "metrics.jsonl"
         self.scores = folder / "scores.json"
+        self.inputs = folder / "inputs.json"
         self._stages = folder / "stages.json"
         self._features = folder / "features.json"
 
@@ -208,7 +210,8 @@ class Run:
             return read_spec(self._features.read_text(encoding="utf-8"))
         except (ValueError, TypeError):
             raise EpalmError(
-                f"{self._features}: not readable by this version; train again"
+                f"{self._features}: not readable by this version; restore it, or train again with "
+                "--overwrite"
             ) from None
 
     def write(self, path: Path, content: str) -> None:
