@@ -186,12 +186,34 @@ def evaluate(
 
     Raises:
         EpalmError: it cannot be scored, or its recipe or LM is not the one it was trained by.
+        BusyError: another process is evaluating it.
     """
+    with _scoring(run, parts):
+        _evaluate(run, parts, weights, remarks)
+
+
+@contextmanager
+def _scoring(run: "Run", parts: "Parts") -> "Iterator[None]":
+    """Within it, the processes that were started together alone write a folder's scores."""
+    from epalm.store.atomic import writing_into
+
+    with writing_into(run.folder, "run folder"), ExitStack() as locks:
+        if parts.accelerator.is_main_process:
+            locks.enter_context(run.scoring())
+        parts.accelerator.wait_for_everyone()
+        yield
+
+
+def _evaluate(
+    run: "Run",
+    parts: "Parts",
+    weights: Path,
+    remarks: "Callable[[dict[str, Any]], list[str]] | None",
+) -> None:
     from epalm.evaluate.figures import draw_loss
     from epalm.evaluate.report import write_report
     from epalm.evaluate.scores import evaluate as score
     from epalm.evaluate.table import headline
-    from epalm.store.atomic import writing_into
     from epalm.train.checkpoint import load_weights
     from epalm.train.inputs import check_lm
     from epalm.train.run import FREE_TO_SCORE
@@ -199,15 +221,18 @@ def evaluate(
     run.check_changes(FREE_TO_SCORE)
     check_lm(run, parts.codec)
     progress = load_weights(weights, parts.model)
-    with writing_into(run.folder, "run folder"):
-        scores = score(run, parts, progress.step)
-        if not parts.accelerator.is_main_process:
-            return
-        said = [f"Not as its recipe says: {line}." for line in run.changes()]
-        said += remarks(scores) if remarks else []
-        files = [run.scores, write_report(run, parts.dataset, parts.features.spec, said)]
+    said = [f"Not as its recipe says: {line}." for line in run.changes()]
+    files = [run.scores]
+
+    def present(scores: "dict[str, Any]") -> None:
+        said.extend(remarks(scores) if remarks else [])
+        files.append(write_report(run, scores, parts.dataset, parts.features.spec, said))
         if run.metrics.is_file():  # not imported
             files.append(draw_loss(run))
+
+    scores = score(run, parts, progress.step, present)
+    if not parts.accelerator.is_main_process:
+        return
     click.echo(
         f"evaluate: {headline(scores)} on {scores['examples']} {scores['split']} examples, with "
         f"{weights.name}; written: {', '.join(map(str, files))}"
@@ -229,7 +254,8 @@ def evaluate_on(run: "Run", recipe: Path, overrides: tuple[str, ...], weights: P
     parts = assemble(there.recipe)
     check_lm(run, parts.codec)
     said = differences(run, parts.features.spec)
-    if parts.accelerator.is_main_process:
-        begin(there)
-    parts.accelerator.wait_for_everyone()
-    evaluate(there, parts, weights, lambda scores: said + gap(run, target, scores))
+    with _scoring(there, parts):
+        if parts.accelerator.is_main_process:
+            begin(there)
+        parts.accelerator.wait_for_everyone()
+        _evaluate(there, parts, weights, lambda scores: said + gap(run, target, scores))

@@ -43,8 +43,11 @@ def elsewhere(run: Run, other: Recipe) -> Run:
 
 def begin(there: Run) -> None:
     """Make its folder, which says how it is evaluated; what an earlier one said is forgotten."""
+    written, text = there.folder / "recipe.yaml", dump_recipe(there.recipe)
+    if not written.is_file() or written.read_bytes() != text.encode():
+        there.scores.unlink(missing_ok=True)  # they are of what the earlier recipe says
     (there.folder / "features.json").unlink(missing_ok=True)
-    write_atomic(there.folder / "recipe.yaml", dump_recipe(there.recipe))
+    write_atomic(written, text)
 
 
 def differences(run: Run, spec: FeatureSpec | JointSpec) -> list[str]:

@@ -33,18 +33,22 @@ WORDS = {"image": "image", "video": "video", "audio": "sound"}
 
 
 def write_report(
-    run: Run, dataset: Dataset, spec: FeatureSpec | JointSpec, notes: Sequence[str] = ()
+    run: Run,
+    scores: dict[str, Any],
+    dataset: Dataset,
+    spec: FeatureSpec | JointSpec,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write the report of a run that was evaluated.
 
     Media that cannot be shown leave a line in their place.
 
     Args:
+        scores: that `evaluate` found; its predictions are in the run folder.
         dataset: that it was evaluated on.
         spec: of the features it was evaluated with.
         notes: sentences under the title.
     """
-    scores = json.loads(run.scores.read_text(encoding="utf-8"))
     rows = _rows(run.folder / "predictions.jsonl")
     control = "shuffled_metrics" in scores  # else the file may be of an earlier evaluation
     others = _rows(run.folder / "predictions-shuffled.jsonl") if control else []

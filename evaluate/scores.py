@@ -4,7 +4,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isnan
 from typing import Any
 
@@ -24,11 +24,20 @@ from epalm.train.parts import Parts
 from epalm.train.run import Run
 
 
-def evaluate(run: Run, parts: Parts, step: int | None = None) -> dict[str, Any]:
+def evaluate(
+    run: Run,
+    parts: Parts,
+    step: int | None = None,
+    present: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Score the model that `parts` holds, and write predictions and scores into the run folder.
+
+    The scores are written last: where they are, all else is there and about the same answers. Until
+    then the answers are kept, so that an evaluation that is interrupted has them.
 
     Args:
         step: of the training, that the model's weights are of; None: unknown.
+        present: writes what else is to be written about the scores.
 
     Raises:
         EpalmError: the dataset has no examples of the split, or a metric cannot be computed.
@@ -41,7 +50,7 @@ def evaluate(run: Run, parts: Parts, step: int | None = None) -> dict[str, Any]:
     examples = evaluation_examples(run.recipe, parts.dataset)
     predictions = _timed_answers(run, parts, examples, None, "evaluate")
     scored = _scored(metrics, predictions, examples)
-    _write_predictions(run, "predictions.jsonl", examples, predictions, None, scored)
+    files = {"predictions.jsonl": _lines(examples, predictions, None, scored)}
     scores: dict[str, Any] = {
         "split": config.split,
         "examples": len(examples),
@@ -55,7 +64,7 @@ def evaluate(run: Run, parts: Parts, step: int | None = None) -> dict[str, Any]:
         media_of = control_media(examples, run.recipe.seed)
         shuffled = _timed_answers(run, parts, examples, media_of, "control")
         scored = _scored(metrics, shuffled, examples)
-        _write_predictions(run, "predictions-shuffled.jsonl", examples, shuffled, media_of, scored)
+        files["predictions-shuffled.jsonl"] = _lines(examples, shuffled, media_of, scored)
         scores["shuffled_accuracy"] = accuracy(shuffled, examples)
         scores["shuffled_accuracy_by_type"] = accuracy_by_type(shuffled, examples)
         scores["shuffled_metrics"] = _summaries(scored, examples, run.recipe.data_seed)
@@ -75,8 +84,13 @@ def evaluate(run: Run, parts: Parts, step: int | None = None) -> dict[str, Any]:
     stages = {k: v for k, v in run.stages().items() if config.control or k != "control"}
     scores["seconds"] = {name: stage.seconds for name, stage in stages.items()}
     scores["rates"] = {name: stage.rate for name, stage in stages.items()}
-    run.write(run.scores, json.dumps(scores, indent=2))
     if run.writes:
+        run.scores.unlink(missing_ok=True)  # they would be of other answers
+        for name, text in files.items():
+            run.write(run.folder / name, text)
+        if present is not None:
+            present(scores)
+        run.write(run.scores, json.dumps(scores, indent=2))
         discard_partial(run.folder)
     return scores
 
@@ -194,14 +208,12 @@ def _sizes(examples: Sequence[Example]) -> dict[str, int]:
     return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
 
-def _write_predictions(
-    run: Run,
-    name: str,
+def _lines(
     examples: Sequence[Example],
     predictions: Sequence[str],
     media_of: Mapping[str, str] | None,
     scored: Mapping[str, Scores],
-) -> None:
+) -> str:
     """A line per example, with its scores by those metrics that count it."""
     lines = [
         json.dumps(
@@ -223,4 +235,4 @@ def _write_predictions(
         )
         for row, (example, prediction) in enumerate(zip(examples, predictions, strict=True))
     ]
-    run.write(run.folder / name, "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"

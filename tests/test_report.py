@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 from base64 import b64decode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,6 +24,7 @@ from epalm.evaluate.report_examples import choose
 from epalm.evaluate.report_scores import leaves_out, lines_of, score_table
 from epalm.evaluate.report_style import text
 from epalm.evaluate.scores import evaluate
+from epalm.evaluate.scores_file import read_scores
 from epalm.train.parts import Parts
 from epalm.train.run import Run
 
@@ -89,9 +90,15 @@ def evaluated(prepare: Callable[..., Parts]) -> tuple[Run, Parts]:
     return run, parts
 
 
+def report_of(run: Run, parts: Parts, notes: Sequence[str] = ()) -> Path:
+    return write_report(run, read_scores(run), parts.dataset, parts.features.spec, notes)
+
+
 def test_report_shows_everything_and_loads_nothing(evaluated: tuple[Run, Parts]) -> None:
     run, parts = evaluated
-    content = write_report(run, parts.dataset, parts.features.spec, [f"Note {HOSTILE}"]).read_text()
+    content = write_report(
+        run, read_scores(run), parts.dataset, parts.features.spec, [f"Note {HOSTILE}"]
+    ).read_text()
     page = Page(content)
     words = " ".join(" ".join(page.words).split())
     scores = json.loads(run.scores.read_text())
@@ -114,7 +121,9 @@ def test_report_shows_everything_and_loads_nothing(evaluated: tuple[Run, Parts])
     assert [w for w in page.words if w.startswith("prediction")] == ["prediction ✓", "prediction"]
     for image in images:
         Image.open(io.BytesIO(b64decode(image["src"].partition(",")[2]))).verify()
-    again = write_report(run, parts.dataset, parts.features.spec, [f"Note {HOSTILE}"]).read_text()
+    again = write_report(
+        run, read_scores(run), parts.dataset, parts.features.spec, [f"Note {HOSTILE}"]
+    ).read_text()
     assert again == content
 
 
@@ -123,7 +132,7 @@ def test_media_that_cannot_be_shown_leave_a_line(evaluated: tuple[Run, Parts]) -
     broken, missing = sorted({e.media for e in parts.dataset.split("test")})
     parts.dataset.media[broken].path.write_bytes(b"\x89PNG <b>broken</b>")
     parts.dataset.media[missing].path.unlink()
-    page = Page(write_report(run, parts.dataset, parts.features.spec).read_text())
+    page = Page(report_of(run, parts).read_text())
     assert not page.all("img")
     assert any("cannot be decoded" in words for words in page.words)
     assert "the file is not here" in page.words
@@ -133,7 +142,7 @@ def test_media_that_cannot_be_shown_leave_a_line(evaluated: tuple[Run, Parts]) -
 def test_report_in_chromium(evaluated: tuple[Run, Parts], tmp_path: Path) -> None:
     """Opened from the file: nothing of the texts runs, and there is something to see."""
     run, parts = evaluated
-    path = write_report(run, parts.dataset, parts.features.spec, [HOSTILE])
+    path = report_of(run, parts, [HOSTILE])
     command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu",
                "--window-size=900,3000", f"--user-data-dir={tmp_path / 'profile'}",
                f"--screenshot={tmp_path / 'shot.png'}", "--enable-logging=stderr", "--dump-dom",
@@ -255,4 +264,4 @@ def test_dataset_of_other_media_is_not_needed(evaluated: tuple[Run, Parts]) -> N
     run, parts = evaluated
     used = {e.media for e in parts.dataset.split("test")}
     few = Dataset("few", (), {m: parts.dataset.media[m] for m in used}, parts.dataset.root)
-    assert write_report(run, few, parts.features.spec).is_file()
+    assert write_report(run, read_scores(run), few, parts.features.spec).is_file()

@@ -11,6 +11,7 @@ RUNS/NAME/
     not-finite-STEP.json, .safetensors   the batch that stopped a training (docs/training.md)
     predictions.jsonl, predictions-shuffled.jsonl, scores.json, loss.png, report.html
     partial-PASS-….jsonl         answers of an evaluation that was interrupted
+    .evaluating.lock             while it is evaluated
 RUNS/.NAME.lock                  while it is trained
     on/NAME/                     an evaluation on another recipe's data
 """
@@ -53,8 +54,11 @@ FREE_ELSEWHERE = FREE_TO_SCORE | {"name", "seed", "data", "encoder", "store"}
 _REMEDY = "choose another name (--set name=…), or replace that run with --overwrite"
 
 
+_EVALUATING = ".evaluating.lock"
+
+
 class BusyError(EpalmError):
-    """Another process is training the run."""
+    """Another process is training or evaluating the run."""
 
 
 class Run:
@@ -81,10 +85,18 @@ class Run:
 
     @classmethod
     def create(cls, recipe: Recipe, overwrite: bool = False) -> "Run":
-        """The recipe's run folder: a new one, or the one to resume; EpalmError as in `planned`."""
+        """The recipe's run folder: a new one, or the one to resume.
+
+        Raises:
+            EpalmError: as in `planned`.
+            BusyError: it is to be replaced, and another process is evaluating it.
+        """
         run = cls.planned(recipe, overwrite)
         written = run.folder / "recipe.yaml"
         if written.is_file() and (overwrite or not run.begun):
+            for place in (run.folder, *run.folder.glob("on/*")):
+                with cls(place, recipe).scoring():
+                    pass  # its scores would come to stand in the new run
             old = run.folder.with_name(f".{run.folder.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             run.folder.replace(old)  # a run is there or not, never half of it
@@ -127,19 +139,20 @@ class Run:
             BusyError: one does.
         """
         path = self.folder.with_name(f".{self.folder.name}.lock")  # a run may be replaced
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        stream = claim(path)
-        if stream is None:
-            raise BusyError(
-                f"{self.folder}: another process is training this run; wait for it, or choose "
-                "another name (--set name=…)"
-            )
-        with stream:
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+        choice = "is training this run; wait for it, or choose another name (--set name=…)"
+        with _held(path, f"{self.folder}: another process {choice}"):
+            yield
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Within it, no other process writes the folder's predictions and scores.
+
+        Raises:
+            BusyError: one does.
+        """
+        words = "another process is evaluating this run; wait for it"
+        with _held(self.folder / _EVALUATING, f"{self.folder}: {words}"):
+            yield
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Run":
@@ -254,6 +267,22 @@ class Run:
         """Forget what was logged after a step."""
         kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
         write_atomic(self.metrics, "".join(kept))
+
+
+@contextmanager
+def _held(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock of this file, which is made for it; BusyError with such words if one does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    while (stream := claim(path)) is None:
+        if path.is_file():
+            raise BusyError(busy)
+        path.touch()  # whoever had it has just ended
+    with stream:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _differences(old: Section, new: Section, free: Set[str], place: str = "") -> list[str]:
