@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
 from safetensors.torch import load_file
 
 from epalm.config import Recipe, TrainConfig, load_recipe
@@ -19,6 +20,7 @@ from epalm.train.parts import Parts, assemble
 from epalm.train.progress import Progress
 from epalm.train.run import Run
 from tests.conftest import batches_of, fit
+from tests.test_cli import refused
 
 
 def test_batches_hold_prompts_answers_and_their_media(prepare: Callable[..., Parts]) -> None:
@@ -286,10 +288,52 @@ def test_checkpoint_errors(prepare: Callable[..., Parts], tmp_path: Path) -> Non
     with pytest.raises(EpalmError, match="does not fit the recipe's variant"):
         load_weights(run.best, other.model)
     run.best.write_bytes(run.best.read_bytes()[:100])
-    with pytest.raises(EpalmError, match="not a readable checkpoint .*; delete it and run `train`"):
+    with pytest.raises(EpalmError, match="not a readable checkpoint .*; restore it, or train"):
         load_weights(run.best, parts.model)
     with pytest.raises(EpalmError, match="no such checkpoint"):
         load_weights(tmp_path / "gone.safetensors", parts.model)
+
+
+@pytest.fixture
+def half(toy: Callable[..., Path], cli: Callable[..., Result]) -> tuple[Path, Run]:
+    """A recipe, and its run after a validation and some more steps."""
+    recipe = toy(train={"val_every": 2, "checkpoint_every": 3})
+    assert cli("run", recipe, "--max-steps", 3).exit_code == 0
+    return recipe, Run.of(load_recipe(recipe))
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+@pytest.mark.parametrize("place", ["end", "middle", "progress"])
+def test_a_changed_bit_of_a_checkpoint_is_noticed(
+    half: tuple[Path, Run], cli: Callable[..., Result], name: str, place: str
+) -> None:
+    """In its weights, in the optimiser's state, and in what it says of the training."""
+    recipe, run = half
+    path = getattr(run, name)
+    whole = path.read_bytes()
+    content = bytearray(whole)
+    at = {"end": -3, "middle": len(whole) * 2 // 3, "progress": whole.index(b"best_step") + 13}
+    content[at[place]] ^= 1
+    path.write_bytes(content)
+    refused(cli("train", recipe), f"{path}: not a readable checkpoint (it is not as it was")
+    words = ("evaluate", run.folder, "--checkpoint", name)
+    refused(cli(*words), f"{path}: not a readable checkpoint (it is not as it was")
+    path.write_bytes(whole)
+    assert cli("train", recipe).exit_code == 0
+
+
+def test_best_weights_that_are_gone_are_missed(
+    half: tuple[Path, Run], cli: Callable[..., Result]
+) -> None:
+    """The last ones do not take their place in silence."""
+    recipe, run = half
+    for _ in range(2):  # on the way, and at the end
+        weights = run.best.read_bytes()
+        run.best.unlink()
+        for words in (("train", recipe), ("evaluate", run.folder)):
+            refused(cli(*words), f"{run.best}: not there", "the best so far", "--overwrite")
+        run.best.write_bytes(weights)
+        assert cli("train", recipe).exit_code == 0
 
 
 def test_small_files_that_were_changed(toy_recipe: Recipe) -> None:

@@ -2,9 +2,12 @@
 
 `best.safetensors` holds `trained.*` alone, every trained parameter once. `last.safetensors` holds
 AdamW's moments too (`exp_avg.*`, `exp_avg_sq.*`), with step and best score in the file's metadata.
+There is a seal, too: safetensors would not notice a bit that has changed.
 """
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +18,7 @@ from epalm.errors import EpalmError
 from epalm.model.augmented import AugmentedLM
 from epalm.model.weights import put_weights, trained_weights
 from epalm.store.atomic import write_atomic
-from epalm.train.progress import Progress, read_progress, unreadable
+from epalm.train.progress import Progress, read_sealed, unreadable
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -71,9 +74,20 @@ def load_state(path: Path, model: AugmentedLM, optimiser: torch.optim.AdamW) -> 
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], progress: Progress) -> None:
-    contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     # one key: safetensors writes several in random order, and equal states must be equal files
-    write_atomic(path, save(contiguous, {"progress": json.dumps(vars(progress))}))
+    note = json.dumps({**vars(progress), "seal": _seal(plain, progress)})
+    write_atomic(path, save(plain, {"progress": note}))
+
+
+def _seal(tensors: Mapping[str, torch.Tensor], progress: Progress) -> str:
+    """SHA-256 of all that a checkpoint holds."""
+    digest = hashlib.sha256(json.dumps(vars(progress)).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        # as bytes, since NumPy knows no bfloat16
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], Progress]:
@@ -84,4 +98,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], Progress]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise unreadable(path, error) from None
-    return tensors, read_progress(path)
+    progress, seal = read_sealed(path)
+    if seal is not None and seal != _seal(tensors, progress):
+        raise unreadable(path, "it is not as it was written")
+    return tensors, progress

@@ -6,7 +6,7 @@ from types import TracebackType
 from epalm.errors import EpalmError
 from epalm.train.answer_start import start_from_answers
 from epalm.train.batches import TrainingBatches
-from epalm.train.checkpoint import load_state, save_state, save_weights
+from epalm.train.checkpoint import load_state, read_weights, save_state, save_weights
 from epalm.train.clock import Clock, peak_memory, words_for_rates
 from epalm.train.guard import FiniteGuard
 from epalm.train.inputs import bind_inputs
@@ -55,8 +55,8 @@ class Training:
         max_steps: stop after this step of the recipe's, to go on another time.
 
     Raises:
-        EpalmError: the run is of other features, another LM or other examples, its last checkpoint
-            cannot be read, or its weights were imported.
+        EpalmError: the run is of other features, another LM or other examples, a checkpoint cannot
+            be read, or its weights were imported.
     """
 
     def __init__(
@@ -82,6 +82,8 @@ class Training:
                 "them; choose another name (--set name=…), or give them up with --overwrite"
             )
         self.progress = load_state(run.last, parts.model, self.optimiser) if found else Progress()
+        if run.writes and self.progress.best_step >= 0:
+            read_weights(run.weights("best"))  # no later step would bring them back
         if not found and config.connection_start == "answers":
             run.add_stage("start", start_from_answers(parts, batches.examples))
         accelerator.wait_for_everyone()  # all have read what the main process will replace

@@ -8,6 +8,9 @@ from safetensors import SafetensorError, safe_open
 
 from epalm.config import TrainConfig
 from epalm.errors import EpalmError
+from epalm.store.atomic import NUMBER, Kinds, wrong_field
+
+_KINDS: Kinds = {"step": int, "best_score": NUMBER, "best_step": int, "stale": int}
 
 
 @dataclass
@@ -35,19 +38,28 @@ class Progress:
 
 
 def read_progress(path: Path) -> Progress:
-    """How far the training was when it wrote this checkpoint.
+    """How far the training was when it wrote this checkpoint; errors as below."""
+    return read_sealed(path)[0]
+
+
+def read_sealed(path: Path) -> tuple[Progress, str | None]:
+    """The same with the checkpoint's seal, which an earlier version did not give it.
 
     Raises:
         EpalmError: it cannot be read.
     """
     try:
         with safe_open(path, "np") as file:  # the weights are not wanted
-            return Progress(**json.loads(file.metadata()["progress"]))
+            tree = json.loads(file.metadata()["progress"])
+        if wrong := wrong_field(tree, _KINDS, {"seal": str}):
+            raise ValueError(wrong)
+        seal = tree.pop("seal", None)
+        return Progress(**tree), seal
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise unreadable(path, error) from None
 
 
-def unreadable(path: Path, error: Exception) -> EpalmError:
+def unreadable(path: Path, error: object) -> EpalmError:
     return EpalmError(
-        f"{path}: not a readable checkpoint ({error}); delete it and run `train` again"
+        f"{path}: not a readable checkpoint ({error}); restore it, or train again with --overwrite"
     )

@@ -30,6 +30,7 @@ from epalm.errors import EpalmError
 from epalm.store.atomic import NUMBER, claim, read_json_lines, write_atomic
 from epalm.store.spec import FeatureSpec, JointSpec, read_spec
 from epalm.store.stage import Stage
+from epalm.train.progress import read_progress
 
 MOVES_BYTES = {
     "device", "runs", "store.root", "store.backend", "store.shard_rows", "store.placement",
@@ -236,8 +237,21 @@ class Run:
         """The checkpoint called `best` or `last`.
 
         A run that was stopped before its first validation has no best one yet; then it is the last.
+
+        Raises:
+            EpalmError: it had a best one, which is gone.
         """
-        return self.last if checkpoint == "last" or not self.best.is_file() else self.best
+        if checkpoint == "last":
+            return self.last
+        if not self.best.is_file() and self.last.is_file():
+            step = read_progress(self.last).best_step
+            if step < 0:
+                return self.last
+            raise EpalmError(
+                f"{self.best}: not there, with the weights of step {step}, the best so far; "
+                "restore it, or train again with --overwrite"
+            )
+        return self.best
 
     def add_stage(self, name: str, stage: Stage) -> None:
         """Record what a stage took; one recorded before is replaced."""
