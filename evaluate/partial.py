@@ -14,7 +14,7 @@ from epalm.errors import EpalmError
 from epalm.model.augmented import AugmentedLM
 from epalm.model.load import lm_digest
 from epalm.model.weights import trained_weights
-from epalm.store.atomic import NUMBER, read_json_lines
+from epalm.store.atomic import NUMBER, naming_file, read_json_lines
 
 _PREFIX = "partial-"
 
@@ -53,7 +53,7 @@ class PartialAnswers:
         """Keep a batch's answers; `seconds`: that it took this process."""
         self.answers |= answers
         line = json.dumps({"answers": answers, "seconds": round(seconds / self._places, 4)})
-        with self._file.open("a", encoding="utf-8") as stream:
+        with naming_file(self._file), self._file.open("a", encoding="utf-8") as stream:
             stream.write("\n" * self._cut + line + "\n")
         self._cut = False
 

@@ -218,7 +218,7 @@ def _serve(
     while True:
         try:
             task, slot = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the latter where it was killed
             return
         # should nobody be left to kill a stuck decoder, the system does
         signal.alarm(math.ceil(timeout) + 5)

@@ -63,17 +63,19 @@ class Draft:
     def write(self, content: bytes | bytearray | memoryview) -> None:
         """Append; the disk begins with it at once, so that publishing waits the less."""
         left = memoryview(content)
-        while left:
-            written = self._stream.write(left[: PIECE - self._size % PIECE])
-            if self.flush:
-                _begin_writeback(self._stream.fileno(), self._size, written)
-            left, self._size = left[written:], self._size + written
+        with naming_file(self.path):
+            while left:
+                written = self._stream.write(left[: PIECE - self._size % PIECE])
+                if self.flush:
+                    _begin_writeback(self._stream.fileno(), self._size, written)
+                left, self._size = left[written:], self._size + written
 
     def publish(self) -> None:
         """Flush to disk, then rename over what is there."""
-        if self.flush:
-            os.fsync(self._stream.fileno())
-        self._stream.close()
+        with naming_file(self.path):
+            if self.flush:
+                os.fsync(self._stream.fileno())
+            self._stream.close()
         self._partial.replace(self.path)
 
     def discard(self) -> None:
@@ -87,6 +89,16 @@ def write_atomic(path: Path, content: bytes | memoryview | str) -> None:
     with Draft(path) as draft:
         draft.write(content.encode() if isinstance(content, str) else content)
         draft.publish()
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Within it, an error of the system that names no file (a full disk) names this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 @contextmanager

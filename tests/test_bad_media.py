@@ -5,6 +5,7 @@ Each modality is extracted once with all its media and once with the good ones a
 pipeline and its worker processes.
 """
 
+import ctypes
 import importlib
 import io
 import json
@@ -40,7 +41,7 @@ from epalm.data.media import Media
 from epalm.extract import loop
 from epalm.extract.encoder import Encoder
 from epalm.extract.lookup import open_features
-from epalm.extract.workers import DecodePool, Outcome, Task, prepare_workers
+from epalm.extract.workers import DecodePool, Outcome, Task, _serve, prepare_workers
 
 HERE = Path(__file__).parent
 TIMEOUT = 5.0  # seconds a decoder may take in an extraction; one image is made to take them
@@ -727,3 +728,25 @@ def test_workers_end_with_their_parent(media: Callable[[bytes], Task]) -> None:
     while not all(map(is_gone, children)):
         assert time.monotonic() < end, [child for child in children if not is_gone(child)]
         time.sleep(0.1)
+
+
+def test_a_worker_ends_in_silence_with_what_it_said_unread(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As where its parent is killed: the connection is then reset, and not closed."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    memory = context.RawArray(ctypes.c_float, 1)
+
+    def serve() -> None:
+        ours.close()  # a forked process has both ends
+        _serve(theirs, None, memory, (1,), 2.0)
+
+    worker = context.Process(target=serve, daemon=True)
+    worker.start()
+    assert ours.poll(20)
+    ours.close()  # its "ready" was not received
+    theirs.close()
+    worker.join(20)
+    assert worker.exitcode == 0
+    assert "Traceback" not in capfd.readouterr().err

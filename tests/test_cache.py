@@ -615,7 +615,9 @@ def test_a_full_disk_loses_nothing(cli: Cli, toy: Toy, small_disk: Path, backend
     recipe = toy(store=store, encoder={"tokens": "all", "layers": [0, 1, 2, 3, 4, 5]})
     filler = small_disk / "filler"
     filler.write_bytes(bytes(165_000))
-    refused(cli("extract", recipe), "No space left on device", "what is written stays")
+    refused(
+        cli("extract", recipe), f"No space left on device: '{small_disk}", "what is written stays"
+    )
     filler.unlink()
     loaded = load_recipe(recipe)
     (folder,) = specs(small_disk / "features")

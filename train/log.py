@@ -7,6 +7,7 @@ from types import TracebackType
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from epalm.store.atomic import naming_file
 from epalm.store.listing import words_for_bytes
 from epalm.train.run import Run
 
@@ -20,15 +21,22 @@ class Log:
 
     def __init__(self, run: Run, first: int, enabled: bool):
         self.run, self.first, self.enabled = run, first, enabled
-        self.bar = tqdm(total=run.recipe.train.steps, initial=first, desc="train", unit="step",
-                        disable=not enabled)  # fmt: skip
         self._open = ExitStack()
         self._told = False
 
     def __enter__(self) -> "Log":
-        self._open.enter_context(self.bar)
         if self.enabled:
             self.run.truncate_metrics(self.first)
+        self.bar = self._open.enter_context(
+            tqdm(
+                total=self.run.recipe.train.steps,
+                initial=self.first,
+                desc="train",
+                unit="step",
+                disable=not self.enabled,
+            )
+        )
+        if self.enabled:
             self._metrics = self._open.enter_context(self.run.metrics.open("a", encoding="utf-8"))
             folder = str(self.run.folder / "tensorboard")
             self._board = self._open.enter_context(SummaryWriter(folder, purge_step=self.first + 1))
@@ -46,8 +54,9 @@ class Log:
         """One line of metrics.jsonl, and the same for TensorBoard."""
         if not self.enabled:
             return
-        self._metrics.write(json.dumps({"step": step, **line}) + "\n")
-        self._metrics.flush()
+        with naming_file(self.run.metrics):
+            self._metrics.write(json.dumps({"step": step, **line}) + "\n")
+            self._metrics.flush()
         for name, value in line.items():
             self._board.add_scalar(name, value, step)
 
