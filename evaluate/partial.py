@@ -45,27 +45,28 @@ class PartialAnswers:
         self._file = folder / f"{name}-{place}.jsonl"
         for file in sorted(folder.glob(f"{name}-*.jsonl")):
             for line in read_json_lines(file, {"answers": dict, "seconds": NUMBER}):
-                self.answers |= _by_position(line["answers"], file)
+                if line.get("seal") != _seal(line["answers"]):
+                    raise EpalmError(
+                        f"{file}: its answers are not as they were written; delete the file, what "
+                        "it holds is answered again"
+                    )
+                self.answers |= {int(key): text for key, text in line["answers"].items()}
                 self.seconds += line["seconds"]
         self._cut = self._file.is_file() and not self._file.read_bytes().endswith(b"\n")
 
     def add(self, answers: Mapping[int, str], seconds: float) -> None:
         """Keep a batch's answers; `seconds`: that it took this process."""
         self.answers |= answers
-        line = json.dumps({"answers": answers, "seconds": round(seconds / self._places, 4)})
+        spent = round(seconds / self._places, 4)
+        line = json.dumps({"answers": answers, "seconds": spent, "seal": _seal(answers)})
         with naming_file(self._file), self._file.open("a", encoding="utf-8") as stream:
             stream.write("\n" * self._cut + line + "\n")
         self._cut = False
 
 
-def _by_position(answers: dict[str, Any], file: Path) -> dict[int, str]:
-    for key, text in answers.items():
-        if not key.isdecimal() or not isinstance(text, str):
-            raise EpalmError(
-                f"{file}: answers: {key!r} cannot have the answer {text!r}; delete the file, what "
-                "it holds is answered again"
-            )
-    return {int(key): text for key, text in answers.items()}
+def _seal(answers: Mapping[Any, str]) -> str:
+    """16 hex digits of a line's answers: a bit that has changed would be in a prediction."""
+    return hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
 
 
 def discard_partial(folder: Path) -> None:

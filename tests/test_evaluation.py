@@ -180,6 +180,14 @@ def test_partial_answers_that_were_changed_are_refused(tmp_path: Path, answers: 
         PartialAnswers(tmp_path, "evaluate", "x")
 
 
+def test_a_changed_bit_of_an_answer_is_noticed(tmp_path: Path) -> None:
+    PartialAnswers(tmp_path, "evaluate", "x").add({0: "red", 3: "blue"}, 2.0)
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text().replace("blue", "glue"))
+    with pytest.raises(EpalmError, match=r"partial-evaluate-x-0\.jsonl.* not as they were"):
+        PartialAnswers(tmp_path, "evaluate", "x")
+
+
 def test_evaluation_on_another_dataset(cli: Cli, run: Run, tmp_path: Path) -> None:
     assert cli("evaluate", run.folder).exit_code == 0
     before = run.scores.read_text()
