@@ -255,26 +255,34 @@ def test_questions_need_groups_for_their_distribution(tmp_path: Path) -> None:
         score("gqa_distribution", config, examples)
 
 
-def test_two_runs_are_not_compared_by_their_distribution(
-    toy: Callable[..., Path], tmp_path: Path
-) -> None:
-    """It is in scores.json, but cannot be resampled; the recipe names no metrics."""
-    config = write(tmp_path)
+def two_runs(
+    toy: Callable[..., Path], config: DataConfig, answer: Callable[[str], str]
+) -> list[Run]:
+    """Both with these predictions, by question id."""
     data = {"kind": "gqa", "path": config.path, "files": config.files}
     runs = []
     for name in ("a", "b"):
         recipe = load_recipe(toy(name=name, data=data, evaluate={"split": "val"}))
         run = Run.create(recipe)
-        dataset = load_dataset(recipe)
-        metrics = evaluation_metrics(recipe, dataset)
-        examples = dataset.split("val")
         lines = [
-            json.dumps({"id": e.id, "references": e.references, "prediction": PREDICTIONS[e.id]})
-            for e in examples
+            json.dumps({"id": e.id, "references": e.references, "prediction": answer(e.id)})
+            for e in load_dataset(recipe).split("val")
         ]
         (run.folder / "predictions.jsonl").write_text("\n".join(lines) + "\n")
         runs.append(run)
-    assert list(metrics) == list(default_metrics(examples, Setting(data=config, split="val")))
+    return runs
+
+
+def test_two_runs_are_not_compared_by_their_distribution(
+    toy: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It is in scores.json, but cannot be resampled; the recipe names no metrics."""
+    config = write(tmp_path)
+    runs = two_runs(toy, config, PREDICTIONS.__getitem__)
+    dataset = load_dataset(runs[0].recipe)
+    metrics = evaluation_metrics(runs[0].recipe, dataset)
+    of_kind = default_metrics(dataset.split("val"), Setting(data=config, split="val"))
+    assert list(metrics) == list(of_kind)
     assert differences(*runs).keys() == metrics.keys() - {"gqa_distribution"}
 
 
@@ -282,17 +290,5 @@ def test_two_runs_are_not_compared_by_what_neither_has(
     toy: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Of wrong answers alone no consistency follows; a difference of two such is no finding."""
-    config = write(tmp_path)
-    data = {"kind": "gqa", "path": config.path, "files": config.files}
-    runs = []
-    for name in ("a", "b"):
-        recipe = load_recipe(toy(name=name, data=data, evaluate={"split": "val"}))
-        run = Run.create(recipe)
-        lines = [
-            json.dumps({"id": e.id, "references": e.references, "prediction": "neither"})
-            for e in load_dataset(recipe).split("val")
-        ]
-        (run.folder / "predictions.jsonl").write_text("\n".join(lines) + "\n")
-        runs.append(run)
-    found = differences(*runs)
+    found = differences(*two_runs(toy, write(tmp_path), lambda _: "neither"))
     assert "normalised_match" in found and "gqa_consistency" not in found
