@@ -39,7 +39,7 @@ class TimmViT(Encoder):
             indices=list(layers),
             norm=self.final_norm,
             stop_early=True,
-            return_prefix_tokens=True,
+            return_prefix_tokens=self.prefix > 0,  # without any, some of timm's models would stop
             output_fmt="NLC",
             intermediates_only=True,
         )
@@ -61,7 +61,7 @@ class TimmStages(Encoder):
             output_fmt="NCHW",
             intermediates_only=True,
         )
-        width = self.model.num_features
+        width = _widest(self.model)
         tokens = [m.flatten(2).transpose(1, 2) for m in maps]
         return [torch.nn.functional.pad(t, (0, width - t.shape[-1])) for t in tokens]
 
@@ -77,7 +77,7 @@ def describe(recipe: Recipe, weights_at_hand: bool = True) -> FeatureSpec:
         except (RuntimeError, ValueError, AssertionError) as error:
             raise EpalmError(
                 f"encoder.image_size: {arch} cannot see {numbers['input_size'][-1]} pixels "
-                f"({first_line(error)}); set another"
+                f"({first_line(error)}); set another, or choose another encoder"
             ) from None
     if recipe.encoder.final_norm:
         _check_final_norm(model, arch)
@@ -159,7 +159,7 @@ def _check_final_norm(model: Any, arch: str) -> None:
     """EpalmError when no norm of the model is meant for every token of a layer."""
     reason = None
     if not is_vit(model):
-        reason = f"the stages of {arch} differ in width, no norm fits them all"
+        reason = f"{arch} has stages, no norm fits them all"
     elif isinstance(getattr(model, "norm", None), torch.nn.Identity | None):
         reason = f"{arch} has no norm of single tokens; what norm it may have is of their mean"
     if reason is not None:
@@ -182,7 +182,12 @@ def _sizes(model: Any, input_size: Sequence[int]) -> tuple[int, int, int]:
     found = model.forward_intermediates(
         image, norm=False, output_fmt="NCHW", intermediates_only=True
     )
-    return len(found), found[-1].shape[2:].numel(), model.num_features
+    return len(found), found[-1].shape[2:].numel(), _widest(model)
+
+
+def _widest(model: Any) -> int:
+    """Channels of the widest stage; what follows the stages may have fewer or more."""
+    return max(stage["num_chs"] for stage in model.feature_info)
 
 
 def _architecture(recipe: Recipe) -> tuple[str, dict[str, Any], dict[str, Any]]:

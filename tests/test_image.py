@@ -79,6 +79,7 @@ SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_head
     [
         ("vit_base_patch16_siglip_224", SMALL, 3, 16, 24),
         ("deit_tiny_distilled_patch16_224", SMALL, 3, 18, 24),
+        ("vit_srelpos_small_patch16_224", SMALL, 3, 16, 24),
         ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, 4, 1, 32),
         ("hiera_tiny_224", {"embed_dim": 24, "num_heads": 1, "stages": (1, 1, 2, 1)}, 4, 49, 192),
         ("resnet18", {}, 5, 1, 512),
@@ -115,6 +116,29 @@ def test_means_over_patches(
         assert width < dim
         assert not found[:, 0, 0, width:].any()
         assert (found[:, -1, 0, width:].abs().amax(dim=0) > 0).any()
+
+
+@pytest.mark.parametrize(
+    ("arch", "model_args", "widest"),
+    [
+        ("samvit_base_patch16", {**SMALL, "global_attn_indexes": ()}, 24),  # its neck has 256
+        ("efficientnet_b0", {}, 320),  # its head has 1280
+    ],
+)
+def test_stages_are_as_wide_as_the_widest(
+    toy: Toy, tmp_path: Path, arch: str, model_args: dict[str, Any], widest: int
+) -> None:
+    """And not as what follows them: they were cut to a neck's width, or padded to a head's."""
+    changes = {"weights": str(saved(tmp_path / arch, arch, **model_args)), "image_size": 32}
+    recipe = load_recipe(toy(encoder={**changes, "tokens": "mean", "final_norm": False}))
+    assert describe(recipe).dim == widest
+    encoder, batch = build(recipe, CPU), torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        stages = encoder.model.forward_intermediates(
+            batch, norm=False, output_fmt="NCHW", intermediates_only=True
+        )
+    found = encoder.encode(batch, range(len(stages)))
+    torch.testing.assert_close(found[:, -1, 0], stages[-1].mean(dim=(2, 3)), atol=1e-5, rtol=1e-5)
 
 
 def test_what_an_encoder_lacks_is_an_error(toy: Toy, tmp_path: Path) -> None:
