@@ -22,6 +22,7 @@ from epalm.address import cache_dir, digest, resolve
 from epalm.config import LMConfig, TextConfig
 from epalm.device import choose_dtype
 from epalm.errors import EpalmError, first_line
+from epalm.model.families import check_family
 from epalm.model.spread import check_room
 
 
@@ -32,6 +33,7 @@ def load_lm(config: LMConfig, device: torch.device, trained: bool = False) -> Pr
         trained: it will be trained, or has been: `auto` is float32 then.
     """
     folder = model_folder(config.weights)
+    check_family(load_lm_config(config.weights).model_type)  # before all weights are read
     logging.disable_progress_bar()
     try:
         lm = AutoModelForCausalLM.from_pretrained(
@@ -95,6 +97,7 @@ def load_lm_config(address: str) -> PreTrainedConfig:
 def lm_without_weights(address: str) -> PreTrainedModel:
     """The LM on the device `meta`, which knows shapes alone; EpalmError when it cannot be had."""
     config = load_lm_config(address)
+    check_family(config.model_type)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()

@@ -177,7 +177,10 @@ def test_lm_folder_that_is_none(cli: Cli, toy: Toy, tmp_path: Path, vit_folder: 
     recipe = toy()
     cli("extract", recipe)
     for command in ("train", "run"):
-        refused(cli(command, recipe, "--set", f"lm.weights={vit_folder}"), "cannot be loaded")
+        refused(
+            cli(command, recipe, "--set", f"lm.weights={vit_folder}"),
+            "LM family 'timm_wrapper' is not one of",
+        )
     refused(cli("train", recipe, "--set", f"lm.weights={recipe}"), "neither a model folder nor")
 
 

@@ -3,18 +3,22 @@
 The full round of tests/test_augmented.py runs on one LM of a kind; here are those like it.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import BloomConfig, DynamicCache, PreTrainedModel
 
+from epalm.config import LMConfig
 from epalm.errors import EpalmError
 from epalm.model.augmented import AugmentedLM
 from epalm.model.families import FAMILIES, family_of
+from epalm.model.load import lm_without_weights, load_lm
 from epalm.train.loss import example_losses
 from tests.test_augmented import VARIANTS, alone, generate, tiny_lm
 
-ROTARY = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gpt_neox"]
-LIKE_LLAMA = ["mistral", "qwen2", "qwen3", "gemma"]
+LIKE_LLAMA = ["mistral", "qwen2", "qwen3", "olmo", "phi3", "smollm3", "gemma"]
+ROTARY = ["llama", *LIKE_LLAMA, "gpt_neox"]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 MASKS = {
     "none": [[1] * 7, [1] * 7],
@@ -206,7 +210,7 @@ def test_a_window_that_no_layer_uses_is_no_window(batch: dict) -> None:
 def test_unknown_family_names_the_known_ones() -> None:
     lm = tiny_lm("llama")
     lm.config.model_type = "mamba"
-    with pytest.raises(EpalmError, match=f"'mamba' is not one of {', '.join(FAMILIES)}$"):
+    with pytest.raises(EpalmError, match=f"'mamba' is not one of {', '.join(FAMILIES)}; choose"):
         family_of(lm)
 
 
@@ -217,3 +221,15 @@ def test_whatever_attention_the_lm_has_ours_takes_its_place(kind: str, batch: di
     lm.set_attn_implementation("eager")
     assert torch.equal(generate(augmented(lm), batch), expected)
     assert lm.config._attn_implementation == "eager"
+
+
+def test_an_lm_without_family_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    """BLOOM cannot have the attention that LMs are loaded with, which would be the error."""
+    config = BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2)
+    config.save_pretrained(tmp_path)
+    for load in (
+        lambda: load_lm(LMConfig(weights=str(tmp_path)), torch.device("cpu")),
+        lambda: lm_without_weights(str(tmp_path)),
+    ):
+        with pytest.raises(EpalmError, match="LM family 'bloom' is not one of opt, llama"):
+            load()

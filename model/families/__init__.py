@@ -15,6 +15,9 @@ FAMILIES: dict[str, type[LMFamily]] = {
     "mistral": LlamaFamily,
     "qwen2": LlamaFamily,
     "qwen3": LlamaFamily,
+    "olmo": LlamaFamily,
+    "phi3": LlamaFamily,  # Phi-4 too
+    "smollm3": LlamaFamily,
     "gemma": LlamaFamily,  # its embedding scales the words itself; a soft prompt is not scaled
     "gpt2": GPT2Family,
     "gpt_neox": GPTNeoXFamily,  # Pythia
@@ -24,6 +27,14 @@ FAMILIES: dict[str, type[LMFamily]] = {
 def family_of(lm: PreTrainedModel) -> LMFamily:
     """The family of an LM; EpalmError when it has none yet."""
     kind = lm.config.model_type
-    if kind not in FAMILIES:
-        raise EpalmError(f"lm.weights: LM family {kind!r} is not one of {', '.join(FAMILIES)}")
+    check_family(kind)
     return FAMILIES[kind](lm)
+
+
+def check_family(kind: str) -> None:
+    """EpalmError when LMs of this `model_type` have no family yet."""
+    if kind not in FAMILIES:
+        raise EpalmError(
+            f"lm.weights: LM family {kind!r} is not one of {', '.join(FAMILIES)}; choose an LM of "
+            "these, or add its family (docs/extending.md)"
+        )
