@@ -36,7 +36,6 @@ class Steps:
         self.batches = world.batches(case)
         self.optimiser = make_optimiser(self.model, self.config)
         self.number = 0
-        self.image = torch.randn(case.batch, *MEDIA_SHAPES["image"])
         fused, plain = self._with_fused_attention, self._without_prepacking
         self.by_name: dict[str, Step] = {
             "encoder in loop": fused(lambda: self._step(self._encoder_in_loop("float32"))),
@@ -126,6 +125,10 @@ class Steps:
         return _on_no_device(prepacked.PREPACKED_ON, step)
 
     @cached_property
+    def _image(self) -> torch.Tensor:
+        return torch.randn(self.case.batch, *MEDIA_SHAPES["image"])
+
+    @cached_property
     def _encoders(self) -> dict[str, Encoder]:
         return {
             dtype: build(self.world.recipe(self.case, dtype=dtype), self.world.device)
@@ -143,7 +146,7 @@ class Steps:
 
     def _encoder_in_loop(self, dtype: str) -> Callable[..., torch.Tensor]:
         def loss(model: AugmentedLM, batch: Batch) -> torch.Tensor:
-            features = self._encoders[dtype].encode(self.image, range(12)).squeeze(2)[:, -6:]
+            features = self._encoders[dtype].encode(self._image, range(12)).squeeze(2)[:, -6:]
             return _joint_loss(model, batch, features.clone().to(model.device), False, True)
 
         return loss

@@ -35,15 +35,17 @@ bound, prompts   the same with those of prompt tokens, a layer's text and prefix
 
 Steps take turns within a repeat, so that all see the same machine, and the bound comes right after
 the step that `train` takes; medians count, of seconds and of each repeat's ratio to the bound. Peak
-memory is measured in a process of its own, without the interpreter and its libraries, weights
-included; that of the step alone leaves out weights and optimiser, too. Data wait is the time that
-drawing a batch takes, as a share of the step. The encoders of video and audio are measured on one
-batch, since they take minutes.
+memory is the median of three processes of their own, without the interpreter and its libraries,
+weights included; that of the step alone leaves out weights and optimiser, too. Data wait is the
+time that drawing a batch takes, as a share of the step. The encoders of video and audio are
+measured on one batch, since they take minutes.
 """
 
 import argparse
+import ctypes
 import gc
 import json
+import platform
 import resource
 import statistics
 import subprocess
@@ -205,11 +207,15 @@ class Peak(NamedTuple):
 
 
 def _peak_of(step: str, options: argparse.Namespace) -> Peak:
-    """What a step at batch 64 needs at its peak, measured in a process of its own."""
+    """What a step at batch 64 needs at its peak: the median of three processes of its own, for
+    where memory has holes is chance."""
     command = [sys.executable, __file__, "--peak", step, "--device", options.device, "--dtype",
                options.dtype, *(["--small"] if options.small else [])]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return Peak(*json.loads(done.stdout.splitlines()[-1]))
+    found = []
+    for _ in range(3):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append(Peak(*json.loads(done.stdout.splitlines()[-1])))
+    return statistics.median_low(found)
 
 
 def _peak(folder: Path, options: argparse.Namespace) -> Peak:
@@ -217,10 +223,7 @@ def _peak(folder: Path, options: argparse.Namespace) -> Peak:
     before = psutil.Process().memory_info().rss
     world = World(folder, options)
     steps = Steps(world, Case("epalm", 64, 4))
-    gc.collect()
-    reset = Path("/proc/self/clear_refs")
-    if reset.is_file():
-        reset.write_text("5")  # what making the models took does not count
+    _forget_what_making_took()
     for _ in range(2):
         steps.by_name[options.peak]()
     if world.device.type == "cuda":
@@ -231,6 +234,16 @@ def _peak(folder: Path, options: argparse.Namespace) -> Peak:
     trained = [p for p in parameters if p.requires_grad]
     stays = sum(p.nbytes for p in parameters) + 2 * sum(p.nbytes for p in trained)
     return Peak(peak / 1e6, (peak - stays) / 1e6)
+
+
+def _forget_what_making_took() -> None:
+    """Give back what the models were made with, and count the peak from here; on Linux."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    reset = Path("/proc/self/clear_refs")
+    if reset.is_file():
+        reset.write_text("5")
 
 
 def _peak_rss() -> int:
