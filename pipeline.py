@@ -170,9 +170,9 @@ def predict(
     ((modality, path),) = given.items()
     wanted = asked(path, prompts)
     if (folder / CONFIG).is_file():
-        if overrides or checkpoint != "best":
-            raise EpalmError(f"{folder}: an exported model takes no --set and no --checkpoint")
-        predictor = Predictor.from_pretrained(folder, modality=modality)
+        if checkpoint != "best":
+            raise EpalmError(f"{folder}: an exported model takes no --checkpoint, it has one")
+        predictor = Predictor.from_pretrained(folder, modality=modality, overrides=overrides)
     else:
         run = Run.open(folder, overrides)
         predictor = Predictor.from_run(run, run.weights(checkpoint), modality)

@@ -7,10 +7,11 @@ run folder.
 """
 
 from epalm.config.data import DataConfig, FewShotConfig, Limits
+from epalm.config.differences import differences
 from epalm.config.encoder import EncoderConfig, ViewsConfig
 from epalm.config.evaluate import DecodeConfig, EvalConfig
 from epalm.config.lm import LMConfig, TextConfig
-from epalm.config.load import dump_recipe, load_recipe, parse_recipe
+from epalm.config.load import dump_recipe, load_recipe, override_recipe, parse_recipe
 from epalm.config.recipe import MAIN, Recipe, Source
 from epalm.config.section import Name, Section
 from epalm.config.store import StoreConfig
@@ -36,7 +37,9 @@ __all__ = [
     "TrainConfig",
     "VariantConfig",
     "ViewsConfig",
+    "differences",
     "dump_recipe",
     "load_recipe",
+    "override_recipe",
     "parse_recipe",
 ]

@@ -29,6 +29,14 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     return parse_recipe(tree, str(path))
 
 
+def override_recipe(recipe: Recipe, overrides: tuple[str, ...], source: str) -> Recipe:
+    """A recipe with some fields changed, as in `load_recipe`; `source` names it in errors."""
+    tree = recipe.model_dump(mode="json")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree, source)
+
+
 def parse_recipe(tree: dict[str, Any], source: str) -> Recipe:
     """Validate a nested mapping; `source` names it in error messages."""
     try:

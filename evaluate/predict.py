@@ -8,7 +8,16 @@ import torch
 from transformers import PreTrainedModel
 
 from epalm.address import resolve
-from epalm.config import MAIN, DataConfig, Recipe, Source, StoreConfig, TrainConfig
+from epalm.config import (
+    MAIN,
+    DataConfig,
+    Recipe,
+    Source,
+    StoreConfig,
+    TrainConfig,
+    differences,
+    override_recipe,
+)
 from epalm.device import choose_device
 from epalm.errors import EpalmError
 from epalm.evaluate.generation import generate_texts
@@ -24,6 +33,13 @@ from epalm.train.checkpoint import load_weights
 from epalm.train.inputs import check_lm
 from epalm.train.parts import build_model
 from epalm.train.run import Run
+
+_FREE = {
+    "device", "lm.weights", "lm.dtype", "lm.device_map", "encoder.weights",
+    "encoder.decode_timeout", "decode", "text.max_prompt_tokens",
+}  # fmt: skip
+"""Recipe fields that may be others than in an exported folder. What is at an address is compared
+with what was there."""
 
 
 class Predictor:
@@ -84,23 +100,28 @@ class Predictor:
         lm: PreTrainedModel | str | None = None,
         device: str = "auto",
         modality: str | None = None,
+        overrides: tuple[str, ...] = (),
     ) -> "Predictor":
         """As `AugmentedLM.from_pretrained`, with the encoder.
 
         Args:
             modality: as in `from_run`.
+            overrides: of recipe fields, as in `load_recipe`: device, decode, addresses, and so on.
 
         Raises:
-            EpalmError: as there; or the encoder is missing, or not the one it was trained with.
+            EpalmError: as there; or the encoder is missing, or not the one it was trained with; or
+                an override is of something that the training has settled.
         """
-        origin = AugmentedConfig.read(resolve(str(folder)))
-        recipe = _recipe(origin)
+        place = resolve(str(folder))
+        origin = AugmentedConfig.read(place)
+        recipe = _overridden(_recipe(origin, device), overrides, place)
         source, spec = _described(recipe, modality)
         alone = recipe.sources()[source]
-        place = lm.device if isinstance(lm, PreTrainedModel) else choose_device(device)
-        encoder = build(alone, place)
+        at = lm.device if isinstance(lm, PreTrainedModel) else choose_device(recipe.device)
+        encoder = build(alone, at)
         trained = encoder.model if recipe.encoder.train else None
-        model = AugmentedLM.from_pretrained(folder, lm, device, trained)
+        changed = origin.with_sections_of(recipe)
+        model = AugmentedLM.from_origin(place, changed, lm, recipe.device, trained)
         trained_on = read_spec(json.dumps(origin.features))
         if spec.canonical() != trained_on.canonical():
             lines = "\n".join(f"  {x}" for x in spec.differences(trained_on))
@@ -200,13 +221,27 @@ def _source_of(specs: Mapping[str, FeatureSpec], modality: str) -> str:
     raise EpalmError(f"predict: the run has no source of {modality}, only of {known}")
 
 
-def _recipe(origin: AugmentedConfig) -> Recipe:
+def _overridden(recipe: Recipe, overrides: tuple[str, ...], folder: Path) -> Recipe:
+    """EpalmError where one is of a field that is not free."""
+    changed = override_recipe(recipe, overrides, f"{folder}, with --set")
+    if found := differences(recipe, changed, _FREE):
+        lines = "\n".join(f"  {line}" for line in found)
+        free = ", ".join(sorted(_FREE))
+        raise EpalmError(
+            f"{folder}: --set has no effect on an exported model, or makes another of it:\n"
+            f"{lines}\nwhat may be set: {free}"
+        )
+    return changed
+
+
+def _recipe(origin: AugmentedConfig, device: str) -> Recipe:
     """The recipe of a trained model, of which nothing is left to train."""
     nothing = DataConfig(kind="none", path="none")
     specs = origin.features.get("sources", {MAIN: origin.features})
     dtype = specs[MAIN]["dtype"]  # that of all
     return Recipe(
         name="pretrained",
+        device=device,
         data=nothing,
         encoder=origin.encoder,
         also={name: Source(data=nothing, encoder=own) for name, own in origin.also.items()},

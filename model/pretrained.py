@@ -114,16 +114,22 @@ class AugmentedConfig(Section):
     def of_recipe(
         cls, recipe: Recipe, features: dict[str, Any], fingerprint: str
     ) -> "AugmentedConfig":
-        return cls(
-            lm=recipe.lm,
-            encoder=recipe.encoder,
-            also={name: source.encoder for name, source in recipe.also.items()},
-            features=features,
-            fingerprint=fingerprint,
-            variant=recipe.variant,
-            text=recipe.text,
-            decode=recipe.decode,
-        )
+        return cls(features=features, fingerprint=fingerprint, **cls._sections(recipe))
+
+    def with_sections_of(self, recipe: Recipe) -> "AugmentedConfig":
+        """The config with what a recipe says, of the same features and the same LM."""
+        return self.model_copy(update=self._sections(recipe))
+
+    @staticmethod
+    def _sections(recipe: Recipe) -> dict[str, Any]:
+        return {
+            "lm": recipe.lm,
+            "encoder": recipe.encoder,
+            "also": {name: source.encoder for name, source in recipe.also.items()},
+            "variant": recipe.variant,
+            "text": recipe.text,
+            "decode": recipe.decode,
+        }
 
     @classmethod
     def read(cls, folder: Path) -> "AugmentedConfig":
@@ -258,7 +264,18 @@ class PretrainedMixin:
                 and width are compared.
         """
         place = resolve(str(folder))
-        origin = AugmentedConfig.read(place)
+        return cls.from_origin(place, AugmentedConfig.read(place), lm, device, encoder)
+
+    @classmethod
+    def from_origin(
+        cls,
+        place: Path,
+        origin: AugmentedConfig,
+        lm: PreTrainedModel | str | None = None,
+        device: str = "auto",
+        encoder: nn.Module | None = None,
+    ) -> Self:
+        """`from_pretrained` of a folder that is here, and its config as it was read or changed."""
         if origin.encoder.train and encoder is None:
             raise EpalmError(
                 f"{place}: its encoder was trained too; load both with Predictor.from_pretrained"

@@ -280,6 +280,37 @@ def test_an_exported_run_answers_alike_in_another_process(
     assert cli("predict", out, "--image", media[0], *asks).stdout.splitlines() == expected[::2]
 
 
+def test_an_exported_model_is_asked_otherwise_than_it_was_trained(
+    cli: Callable[..., Result],
+    toy: Callable[..., Path],
+    tmp_path: Path,
+    vit_folder: Path,
+    lm_folder: Path,
+) -> None:
+    """Where LM and encoder are, how answers are made and on which device."""
+    recipe = toy(train={"steps": 1}, decode={"max_new_tokens": 8})
+    out, there = tmp_path / "out", tmp_path / "there"
+    for command in (("extract", recipe), ("train", recipe), ("export", tmp_path / "runs/toy", out)):
+        assert cli(*command).exit_code == 0
+    image = tmp_path / "images" / "8.png"
+    ask = ("predict", out, "--image", image, "--ask", "what color is the shape?")
+    usual = cli(*ask).stdout
+    shutil.copytree(lm_folder, there / "lm")
+    shutil.copytree(vit_folder, there / "vit")
+    lost = rewrite(
+        lambda tree: (tree["lm"].update(weights="no-lm"), tree["encoder"].update(weights="no-vit"))
+    )
+    lost(out)
+    refused(cli(*ask), "no-vit")
+    found = ("--set", f"encoder.weights={there / 'vit'}", "--set", "device=cpu")
+    refused(cli(*ask, *found), "no-lm")
+    found = (*found, "--set", f"lm.weights={there / 'lm'}")
+    answer = cli(*ask, *found)
+    assert answer.exit_code == 0 and answer.stdout == usual, answer.output
+    short = cli(*ask, *found, "--set", "decode.max_new_tokens=1").stdout
+    assert len(short) < len(usual) and usual.startswith(short.rstrip())
+
+
 def test_the_documented_example_runs(
     cli: Callable[..., Result],
     toy: Callable[..., Path],
@@ -317,7 +348,9 @@ def test_export_and_predict_refuse_what_they_cannot_do(
     assert cli("export", run, out, "--checkpoint", "last").exit_code == 0
     assert cli("export", run, out).exit_code == 0  # again, over it
     ask = ("--image", tmp_path / "images" / "1.png", "--ask", "what?")
-    refused(cli("predict", out, *ask, "--set", "seed=1"), "takes no --set")
+    refused(cli("predict", out, *ask, "--set", "seed=1"), "seed: 0 there", "what may be set: ")
+    refused(cli("predict", out, *ask, "--set", "device=abacus"), "device: 'abacus' cannot be used")
+    refused(cli("predict", out, *ask, "--checkpoint", "last"), "takes no --checkpoint")
     rewrite(lambda tree: tree["features"].update(weights="0" * 64))(out)
     refused(cli("predict", out, *ask), "trained on other features", "weights: '000000")
     (run / "features.json").unlink()

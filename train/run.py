@@ -18,14 +18,13 @@ RUNS/.NAME.lock                  while it is trained
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from epalm.config import Recipe, Section, dump_recipe, load_recipe
+from epalm.config import Recipe, differences, dump_recipe, load_recipe
 from epalm.errors import EpalmError
 from epalm.store.atomic import NUMBER, claim, read_json_lines, write_atomic
 from epalm.store.spec import FeatureSpec, JointSpec, read_spec
@@ -124,9 +123,8 @@ class Run:
             raise EpalmError(f"runs: {there} is no folder that can be written to; set another")
         written = folder / "recipe.yaml"
         if run.begun and written.is_file() and not overwrite:
-            differences = _differences(load_recipe(written), recipe, FREE_TO_CHANGE)
-            if differences:
-                lines = "\n".join(f"  {line}" for line in differences)
+            if found := differences(load_recipe(written), recipe, FREE_TO_CHANGE):
+                lines = "\n".join(f"  {line}" for line in found)
                 raise EpalmError(f"{folder}: holds a run of another recipe:\n{lines}\n{remedy}")
         elif not written.is_file() and folder.is_dir() and any(folder.iterdir()):
             raise EpalmError(f"{folder}: not empty and not a run; choose another name")
@@ -185,7 +183,7 @@ class Run:
 
     def changes(self, free: Set[str] = MOVES_BYTES) -> list[str]:
         """What its recipe says otherwise than that in its folder, but for such fields."""
-        return _differences(load_recipe(self.folder / "recipe.yaml"), self.recipe, free)
+        return differences(load_recipe(self.folder / "recipe.yaml"), self.recipe, free)
 
     def check_changes(self, free: Set[str]) -> None:
         """EpalmError where its recipe differs from that in its folder in other than such fields."""
@@ -297,25 +295,3 @@ def _held(path: Path, busy: str) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-
-
-def _differences(old: Section, new: Section, free: Set[str], place: str = "") -> list[str]:
-    """Where two recipes differ, a line a field.
-
-    Args:
-        free: fields and sections that do not count; of all sources, where it is one's.
-        place: of the sections in the recipe.
-    """
-    found = []
-    for key in type(old).model_fields:
-        name, before, after = f"{place}{key}", getattr(old, key), getattr(new, key)
-        if before == after or re.sub(r"^also\.\w+\.", "", name) in free:
-            continue
-        if isinstance(before, Section):
-            found += _differences(before, after, free, f"{name}.")
-        elif key == "also" and before.keys() == after.keys():
-            for source in before:
-                found += _differences(before[source], after[source], free, f"also.{source}.")
-        else:
-            found.append(f"{name}: {before!r} there, {after!r} wanted")
-    return found
