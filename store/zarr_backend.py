@@ -17,7 +17,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from epalm.store.atomic import Draft, locked, write_atomic
+from epalm.store.atomic import Draft, locked, naming_file, write_atomic
 from epalm.store.backend import Told
 from epalm.store.blocks import DraftBlock, draft_block
 
@@ -129,17 +129,18 @@ class ZarrBackend:
         if group.is_file() and not _is_group(group):
             group.unlink()
         shape = self.block_shape if name != "valid" else self.block_shape[:1]
-        zarr.open_group(self.folder, mode="a").create_array(
-            name,
-            shape=(rows, *shape[1:]),
-            chunks=shape,
-            # chunks side by side: a folder for each would cost as much as a flush
-            chunk_key_encoding={"name": "default", "separator": "."},
-            dtype=np.dtype(dtype).newbyteorder("<"),
-            compressors=None,
-            filters=None,
-            fill_value=0,
-        )
+        with naming_file(self.folder / name):
+            zarr.open_group(self.folder, mode="a").create_array(
+                name,
+                shape=(rows, *shape[1:]),
+                chunks=shape,
+                # chunks side by side: a folder for each would cost as much as a flush
+                chunk_key_encoding={"name": "default", "separator": "."},
+                dtype=np.dtype(dtype).newbyteorder("<"),
+                compressors=None,
+                filters=None,
+                fill_value=0,
+            )
         for leftover in self.folder.glob("**/zarr.*.partial"):  # of a killed process
             leftover.unlink()
 

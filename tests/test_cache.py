@@ -631,6 +631,23 @@ def test_a_full_disk_loses_nothing(cli: Cli, toy: Toy, small_disk: Path, backend
     assert loaded.store.backend == backend
 
 
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_a_full_disk_is_named_wherever_it_is_met(
+    cli: Cli, toy: Toy, small_disk: Path, backend: str
+) -> None:
+    """With room for ever more of a set's first small files."""
+    recipe = toy(store={"root": str(small_disk / "features"), "backend": backend})
+    filler = small_disk / "filler"
+    for pages in range(1, 48, 2):
+        filler.write_bytes(bytes((64 - pages) << 12))
+        result = cli("extract", recipe)
+        if result.exit_code == 0:
+            break
+        refused(result, f"No space left on device: '{small_disk}")
+        filler.unlink()
+    assert result.exit_code == 0 and pages > 5
+
+
 def test_a_read_only_store_is_read_and_not_written(
     cli: Cli, toy: Toy, small_disk: Path, tmp_path: Path
 ) -> None:
