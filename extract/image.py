@@ -16,6 +16,7 @@ import timm
 import timm.data
 import torch
 from safetensors import SafetensorError
+from timm.layers import to_2tuple
 
 from epalm.address import digest, resolve
 from epalm.config import Recipe
@@ -212,6 +213,9 @@ def _architecture(recipe: Recipe) -> tuple[str, dict[str, Any], dict[str, Any]]:
         raise EpalmError(f"{config}: not timm's model configuration ({error!r})") from None
     if not timm.is_model(arch):
         raise EpalmError(f"{config}: timm does not know the architecture {arch!r}")
+    if "img_size" in args:  # timm before 1.0.31 saved the architecture's usual size beside it
+        channels = pretrained.get("input_size", (3,))[0]
+        pretrained = {**pretrained, "input_size": [channels, *to_2tuple(args["img_size"])]}
     return arch, pretrained, args
 
 

@@ -4,6 +4,7 @@ Golden vectors as in test_golden.py: `enc_vit.npz` and `transforms.npz`.
 """
 
 import io
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -72,6 +73,17 @@ def test_reference_preprocessing_equals_the_reference(toy_recipe: Recipe, toy: T
 
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+
+
+@pytest.mark.parametrize("size", [32, [32, 32]])
+def test_a_model_of_another_size_than_its_architecture(toy: Toy, tmp_path: Path, size: Any) -> None:
+    """As timm saved it before 1.0.31: only the model's arguments say so."""
+    folder = saved(tmp_path / "small", "vit_tiny_patch16_224", img_size=size, depth=1)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "pretrained_cfg": {"input_size": [3, 224, 224]}}))
+    spec = describe(load_recipe(toy(encoder={"weights": str(folder)})))
+    assert spec.preprocess["input_size"] == [3, 32, 32] and spec.tokens == 1 + 4
 
 
 @pytest.mark.parametrize(
