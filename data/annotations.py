@@ -223,8 +223,10 @@ def read_table(
             names = next(rows, []) if header else columns
             distinct(f"{path}, line 1")([(name, None) for name in names if name])
             if missing := [c for c in columns if c not in names]:
+                has, between = ", ".join(names) or "none", "tabs" if tabs else "commas"
                 raise EpalmError(
-                    f"{path}, line 1: column {missing[0]!r} is missing; it has {', '.join(names)}"
+                    f"{path}, line 1: column {missing[0]!r} is missing; it has {has}; between "
+                    f"columns, {between} are expected"
                 )
             for cells in rows:
                 if not cells:
@@ -239,7 +241,7 @@ def read_table(
     except OSError as error:
         raise EpalmError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise EpalmError(f"{path}: not UTF-8 ({error})") from None
+        raise EpalmError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
     except csv.Error as error:
         raise EpalmError(f"{path}, line {rows.line_num}: not valid CSV ({error})") from None
 
@@ -268,7 +270,7 @@ def _read_json(path: Path, hook: Hook | None = None) -> Any:
     except OSError as error:
         raise EpalmError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise EpalmError(f"{path}: not UTF-8 ({error})") from None
+        raise EpalmError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
     except RecursionError:
         raise EpalmError(f"{path}: not valid JSON (nested too deeply)") from None
     except ValueError as error:

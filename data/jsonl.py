@@ -51,12 +51,17 @@ def _lines(path: Path) -> Iterator[Record]:
             try:
                 fields = json.loads(line, object_pairs_hook=distinct(f"{path}, {place}"))
             except UnicodeDecodeError as error:
-                raise EpalmError(f"{path}, {place}: not UTF-8 ({error}); save it as that") from None
+                raise EpalmError(
+                    f"{path}, {place}: not UTF-8 ({error}); save it as UTF-8"
+                ) from None
             except (ValueError, RecursionError) as error:
-                raise EpalmError(f"{path}, {place}: not valid JSON ({error})") from None
+                raise EpalmError(
+                    f"{path}, {place}: not valid JSON ({error}); a line is one example, whole"
+                ) from None
             if not isinstance(fields, dict):
                 raise EpalmError(
-                    f"{path}, {place}: must be a JSON object with the fields {sorted(_FIELDS)}"
+                    f"{path}, {place}: a line is one example, a JSON object with the fields "
+                    f"{sorted(_FIELDS)}"
                 )
             yield Record(fields, path, place)
 

@@ -88,4 +88,4 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise EpalmError(f"{path}: not UTF-8 ({error})") from None
+        raise EpalmError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None

@@ -258,9 +258,9 @@ class ChangedFile(Exception):
 
 
 def describe_error(error: Exception) -> tuple[str, str]:
-    """Kind and text of an error, in one line, without addresses in memory."""
+    """Kind and text of an error, in one line, without objects by their address in memory."""
     kind = type(error).__name__
-    text = " ".join(re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the file", str(error)).split())
+    text = " ".join(re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "", str(error)).split())
     return kind, text or f"{kind}, no reason given"
 
 
