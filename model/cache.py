@@ -6,8 +6,12 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from epalm.model.text import Equal
+
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
+"""Of the argument of a layer, and of a model's output; the second until transformers 5.23."""
 
 
 class _KeysKept(Exception):
@@ -55,12 +59,13 @@ class PrefixCache(DynamicCache):
             self._keys_only = False
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *others: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *others: Any,
+        **named: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         if layer_idx in self._rows_to_come:
             self.take(range(layer_idx, layer_idx + 1), self._rows_to_come.pop(layer_idx))
         found: tuple[torch.Tensor, torch.Tensor] = super().update(
-            key_states, value_states, layer_idx, *others
+            key_states, value_states, layer_idx, *others, **named
         )
         if self._keys_only:
             raise _KeysKept

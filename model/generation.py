@@ -10,7 +10,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from epalm.device import send
-from epalm.model.cache import PrefixCache
+from epalm.model.cache import CACHE, PrefixCache
 from epalm.model.connection import Features, to_device, tokens_of
 from epalm.model.prepacked import prepacked
 from epalm.model.room import Wanted
@@ -45,6 +45,7 @@ class Generator(GenerationMixin):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         features: Features | None = None,
+        cache: PrefixCache | None = None,
         past_key_values: PrefixCache | None = None,
         logits_to_keep: int = 0,
         rows: torch.Tensor | None = None,
@@ -53,23 +54,26 @@ class Generator(GenerationMixin):
         """Logits (B, Q, V) of Q new tokens, or of the last `logits_to_keep` of them.
 
         Either `features`, with `rows` as in `states`, or a cache from `perceive` must be given;
-        other keyword arguments of Hugging Face models have no meaning here.
+        `past_key_values` is its name until transformers 5.23. Other keyword arguments of Hugging
+        Face models have no meaning here.
         """
         model = self.model
+        if cache is None:
+            cache = past_key_values
         if attention_mask is None:  # as Hugging Face leaves it when nothing is padded
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
-        if past_key_values is None and features is None:
+        if cache is None and features is None:
             raise ValueError("give features, or a cache made by perceive()")
         with prepacked(self.lm, input_ids.numel()):
-            if past_key_values is not None:
-                equal, past_key_values.equal = past_key_values.equal, None
+            if cache is not None:
+                equal, cache.equal = cache.equal, None
                 last = logits_to_keep or None
-                hidden = model.extend(past_key_values, input_ids, attention_mask, equal, last)
+                hidden = model.extend(cache, input_ids, attention_mask, equal, last)
             else:
                 hidden = model.states(input_ids, attention_mask, features, rows)
             logits = model.family.logits(hidden[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
     def generate_about(
         self,
@@ -97,7 +101,7 @@ class Generator(GenerationMixin):
                 cache = model.perceive(features, rows.repeat_interleave(wanted.copies))
             texts = map(tuple, torch.cat((input_ids, attention_mask), dim=1).tolist())
             cache.equal = Equal.among(texts, model.device).repeat(wanted.copies)
-            source = {"past_key_values": cache, "use_cache": True}
+            source = {CACHE: cache, "use_cache": True}
         elif isinstance(features, torch.Tensor):
             source = {"features": features[rows], "use_cache": False}
         else:  # Hugging Face repeats tensors for each beam, and leaves a mapping alone

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from epalm.model.attention import own_attention
-from epalm.model.cache import PrefixCache
+from epalm.model.cache import CACHE, PrefixCache
 from epalm.model.families.base import LMFamily
 from epalm.model.injection import InjectionPlan
 from epalm.model.masks import added_to_scores, prefix_mask, text_mask
@@ -75,7 +75,7 @@ class Layers:
                 if enter is not None:
                     hidden = enter(index, hidden)
                 hidden = self._family.layers[index](
-                    hidden, past_key_values=cache, use_cache=cache is not None, **call
+                    hidden, use_cache=cache is not None, **{CACHE: cache}, **call
                 )
         return hidden
 

@@ -12,6 +12,7 @@ from transformers import BloomConfig, DynamicCache, PreTrainedModel
 from epalm.config import LMConfig
 from epalm.errors import EpalmError
 from epalm.model.augmented import AugmentedLM
+from epalm.model.cache import CACHE
 from epalm.model.families import FAMILIES, family_of
 from epalm.model.load import lm_without_weights, load_lm
 from epalm.train.loss import example_losses
@@ -85,7 +86,7 @@ def test_a_prompt_of_words_is_text(kind: str) -> None:
             past = 7 - length if count.numel() else 0
             call["attention_mask"] = torch.ones(length, past + length, dtype=torch.bool).tril(past)
             for layer in family.layers:
-                hidden = layer(hidden, past_key_values=cache, use_cache=True, **call)
+                hidden = layer(hidden, use_cache=True, **{CACHE: cache}, **call)
             states.append(hidden)
         logits = family.logits(torch.cat(states, dim=1))
         # the same distances at other angles: six layers of sums differ in their last digits

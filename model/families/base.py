@@ -11,11 +11,12 @@ class LMFamily(Protocol):
     """Where the parts of a Hugging Face causal LM are. The LM itself is never changed.
 
     A new family is one file and one row of FAMILIES. Each of `layers` is called with states
-    (B, S, H), `attention_mask`, `past_key_values`, `use_cache` and what `layer_arguments` gives,
-    and returns states; one that names them otherwise is wrapped (`gpt_neox.py`). It must find its
-    attention by Hugging Face's `AttentionInterface` and hand on to it what it does not know
-    (`packing`), as the models that come with transformers do. The LM's config must know
-    `num_hidden_layers`, `hidden_size`, `vocab_size` and `max_position_embeddings`.
+    (B, S, H), `attention_mask`, the cache under the name that `model.cache.CACHE` has, `use_cache`
+    and what `layer_arguments` gives, and returns states; one that names them otherwise is wrapped
+    (`gpt_neox.py`). It must find its attention by Hugging Face's `AttentionInterface` and hand on
+    to it what it does not know (`packing`), as the models that come with transformers do. The
+    LM's config must know `num_hidden_layers`, `hidden_size`, `vocab_size` and
+    `max_position_embeddings`.
     """
 
     layers: nn.ModuleList

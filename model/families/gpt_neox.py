@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from epalm.model.cache import CACHE
 from epalm.model.families.llama import LlamaFamily
 
 
@@ -16,10 +17,8 @@ class NeoXLayer(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(
-        self, hidden: torch.Tensor, past_key_values: Cache | None = None, **call: Any
-    ) -> torch.Tensor:
-        return self.layer(hidden, layer_past=past_key_values, **call)
+    def forward(self, hidden: torch.Tensor, **call: Any) -> torch.Tensor:
+        return self.layer(hidden, layer_past=call.pop(CACHE, None), **call)
 
 
 class GPTNeoXFamily(LlamaFamily):
