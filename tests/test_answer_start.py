@@ -99,6 +99,17 @@ def test_of_ten_answers_one_may_be_empty(prepare: Prepare) -> None:
     assert all(p.isfinite().all() for p in parts.model.trained["connection"].parameters())
 
 
+def test_of_one_media_it_is_the_mean(prepare: Prepare) -> None:
+    """Nothing tells it apart from others: whatever is shown, the token is their mean answer's."""
+    parts = prepare()
+    first, *others = parts.dataset.split("train")
+    examples = [first, *(replace(e, media=first.media) for e in others)]
+    start_from_answers(parts, examples)
+    for linear in parts.model.trained["connection"].linears:
+        assert not linear.weight.any() and linear.bias.any()
+        assert linear.bias.isfinite().all()
+
+
 def test_where_it_cannot_be(prepare: Prepare, toy: Toy) -> None:
     parts = prepare()
     closed = [e for e in parts.dataset.split("train") if e.references[0] in ("yes", "no")]

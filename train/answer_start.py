@@ -157,6 +157,8 @@ def _set(connection: Connection, features: torch.Tensor, targets: torch.Tensor) 
 def _ridge(inputs: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight (H, D) and bias (H,) from inputs (N, D) to outputs (N, H); the mean is met."""
     middle, level = inputs.mean(0), outputs.mean(0)
+    if (inputs == inputs[0]).all():  # one media: nothing to regress on, and the matrix is singular
+        return torch.zeros(outputs.shape[1], inputs.shape[1]).double(), level
     centred = inputs - middle
     covariance = centred.T @ centred
     covariance += RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance)).double()
