@@ -51,7 +51,7 @@ class Record:
         """A text without blanks around it; `empty` allows that nothing is left."""
         value = self._get(key)
         if not isinstance(value, str) or not (empty or value.strip()):
-            raise self.error(f"field {key!r} is {_shown(value)}; it must be a text, not empty")
+            raise self.error(f"field {key!r} is {shown(value)}; it must be a text, not empty")
         return self._encodable(key, value)
 
     def text_or_null(self, key: str) -> str | None:
@@ -64,7 +64,7 @@ class Record:
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str) or not value.strip():
-            raise self.error(f"field {key!r} is {_shown(value)}; give a whole number or a text")
+            raise self.error(f"field {key!r} is {shown(value)}; give a whole number or a text")
         return self._encodable(key, value)
 
     def number(self, key: str) -> int:
@@ -79,7 +79,7 @@ class Record:
         """A number that is not negative."""
         value = self._get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(f"field {key!r} is {_shown(value)}; it must be a number")
+            raise self.error(f"field {key!r} is {shown(value)}; it must be a number")
         if not math.isfinite(value) or value < 0:
             raise self.error(f"field {key!r} is {value}; it must be finite and not negative")
         return float(value)
@@ -88,7 +88,7 @@ class Record:
         """True or false."""
         value = self._get(key)
         if not isinstance(value, bool):
-            raise self.error(f"field {key!r} is {_shown(value)}; it must be true or false")
+            raise self.error(f"field {key!r} is {shown(value)}; it must be true or false")
         return value
 
     def texts(self, key: str, empty: bool = False) -> list[str]:
@@ -98,7 +98,7 @@ class Record:
             raise self.error(f"field {key!r} must be a list of at least one text")
         for text in value:
             if not isinstance(text, str) or not (empty or text.strip()):
-                raise self.error(f"field {key!r} holds {_shown(text)}; give texts, not empty")
+                raise self.error(f"field {key!r} holds {shown(text)}; give texts, not empty")
         return [self._encodable(key, text) for text in value]
 
     def identifiers(self, key: str) -> list[str]:
@@ -110,7 +110,7 @@ class Record:
         """A record inside this one."""
         value = self._get(key)
         if not isinstance(value, dict):
-            raise self.error(f"field {key!r} is {_shown(value)}; it must be an object")
+            raise self.error(f"field {key!r} is {shown(value)}; it must be an object")
         return Record(value, self._path, f"{self._inside()[2:]}, {key}".removeprefix(", "))
 
     def records(self, key: str) -> Iterator["Record"]:
@@ -143,7 +143,7 @@ class Record:
             text.encode()
         except UnicodeEncodeError:  # of JSON's \ud800 alone, say
             raise self.error(
-                f"field {key!r} holds half of a surrogate pair: {_shown(text)}; write the whole "
+                f"field {key!r} holds half of a surrogate pair: {shown(text)}; write the whole "
                 "character, or leave it out"
             ) from None
         return text.strip()
@@ -151,7 +151,7 @@ class Record:
     def _list(self, key: str) -> list[Any]:
         value = self._get(key)
         if not isinstance(value, list):
-            raise self.error(f"field {key!r} is {_shown(value)}; it must be a list")
+            raise self.error(f"field {key!r} is {shown(value)}; it must be a list")
         return value
 
 
@@ -188,7 +188,7 @@ def read_object(path: Path, hook: Hook | None = None) -> Record:
     """A JSON file that holds one object; `hook` makes each object in it of its fields in order."""
     value = _read_json(path, hook)
     if not isinstance(value, dict):
-        raise EpalmError(f"{path}: must hold a JSON object, not {_shown(value)}")
+        raise EpalmError(f"{path}: must hold a JSON object, not {shown(value)}")
     return Record(value, path, "")
 
 
@@ -196,7 +196,7 @@ def read_list(path: Path) -> Iterator[Record]:
     """A JSON file that holds a list of objects."""
     value = _read_json(path)
     if not isinstance(value, list):
-        raise EpalmError(f"{path}: must hold a list of JSON objects, not {_shown(value)}")
+        raise EpalmError(f"{path}: must hold a list of JSON objects, not {shown(value)}")
     return _records(value, path, "record")
 
 
@@ -223,10 +223,10 @@ def read_table(
             names = next(rows, []) if header else columns
             distinct(f"{path}, line 1")([(name, None) for name in names if name])
             if missing := [c for c in columns if c not in names]:
-                has, between = ", ".join(names) or "none", "tabs" if tabs else "commas"
+                mark = "tabs" if tabs else "commas"
                 raise EpalmError(
-                    f"{path}, line 1: column {missing[0]!r} is missing; it has {has}; between "
-                    f"columns, {between} are expected"
+                    f"{path}, line 1: column {missing[0]!r} is missing; it has "
+                    f"{', '.join(map(repr, names)) or 'none'}; {mark} stand between columns"
                 )
             for cells in rows:
                 if not cells:
@@ -280,11 +280,11 @@ def _read_json(path: Path, hook: Hook | None = None) -> Any:
 def _records(values: list[Any], path: Path, name: str) -> Iterator[Record]:
     for number, value in enumerate(values):
         if not isinstance(value, dict):
-            raise EpalmError(f"{path}, {name} {number}: must be an object, not {_shown(value)}")
+            raise EpalmError(f"{path}, {name} {number}: must be an object, not {shown(value)}")
         yield Record(value, path, name, number)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value, cut to a length that fits into a message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from epalm.config import Recipe
 from epalm.data import read, reader, select
+from epalm.data.annotations import shown
 from epalm.data.example import SPLITS, Counts, Dataset, Example
 
 NAMED = 3  # media or examples that a finding names
@@ -181,7 +182,7 @@ def _look_for_leaks(report: Report) -> None:
     if shared:
         report.warnings.append(f"{len(shared):,} media stand in several splits: {_names(shared)}")
     asked = Counter((e.media, e.prompt) for e in report.dataset.examples)
-    again = [f"{prompt!r} about {media}" for (media, prompt), n in asked.items() if n > 1]
+    again = [f"{shown(prompt)} about {media}" for (media, prompt), n in asked.items() if n > 1]
     if again:
         report.warnings.append(
             f"{len(again):,} questions are asked about their media more than once: {_names(again)}"

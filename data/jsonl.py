@@ -56,12 +56,11 @@ def _lines(path: Path) -> Iterator[Record]:
                 ) from None
             except (ValueError, RecursionError) as error:
                 raise EpalmError(
-                    f"{path}, {place}: not valid JSON ({error}); a line is one example, whole"
+                    f"{path}, {place}: not valid JSON ({error}); write one JSON object a line"
                 ) from None
             if not isinstance(fields, dict):
                 raise EpalmError(
-                    f"{path}, {place}: a line is one example, a JSON object with the fields "
-                    f"{sorted(_FIELDS)}"
+                    f"{path}, {place}: must be one JSON object with the fields {sorted(_FIELDS)}"
                 )
             yield Record(fields, path, place)
 

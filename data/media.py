@@ -164,7 +164,7 @@ def problem_with_id(text: str) -> str | None:
     if b"\0" in encoded:
         return "cannot name a file"
     if text.startswith("/") or ".." in text.split("/"):
-        return "leaves the media root"
+        return "leaves the media root; write it relative to that (data.media_root)"
     return None
 
 

@@ -41,7 +41,7 @@ def test_jsonl(tmp_path: Path) -> None:
         ({"captions": ["x"]}, "exactly one of the fields 'answers' and 'captions'"),
         ({"split": "dev"}, "field 'split' is 'dev'"),
         ({"media": "../a.png"}, "leaves the media root"),
-        ({"media": "/a.png"}, "leaves the media root"),
+        ({"media": "/a.png"}, "leaves the media root; write it relative to that"),
         ({"media": "a\0.png"}, "cannot name a file"),
         ({"media": "\ud800.png"}, "'media' holds half of a surrogate pair"),
         ({"prompt": 7}, "field 'prompt' is 7"),
@@ -68,14 +68,14 @@ def test_jsonl_duplicates_and_rubbish(tmp_path: Path) -> None:
         jsonl.load(write(tmp_path, GOOD, GOOD))
     with pytest.raises(EpalmError, match="holds no examples"):
         jsonl.load(write(tmp_path))
-    with pytest.raises(EpalmError, match="a line is one example, a JSON object"):
+    with pytest.raises(EpalmError, match="must be one JSON object"):
         jsonl.load(write(tmp_path, [1]))
     config = write(tmp_path, GOOD)
+    Path(config.path).write_text(json.dumps([GOOD], indent=1))  # valid JSON, but no lines
+    with pytest.raises(EpalmError, match="line 1: not valid JSON .*; write one JSON object a line"):
+        jsonl.load(config)
     Path(config.path).write_bytes(b'{"id": "\xff"}')
     with pytest.raises(EpalmError, match="line 1: not UTF-8"):
-        jsonl.load(config)
-    Path(config.path).write_text(json.dumps([GOOD], indent=1))
-    with pytest.raises(EpalmError, match="line 1: not valid JSON .*; a line is one example"):
         jsonl.load(config)
     with pytest.raises(EpalmError, match="no such annotation file"):
         jsonl.load(DataConfig(kind="jsonl", path=str(tmp_path / "gone.jsonl")))

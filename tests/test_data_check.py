@@ -108,6 +108,13 @@ def test_leaks_between_splits_and_questions_twice(
     ) in done.output
 
 
+def test_a_long_question_is_cut_where_it_is_named(check: Check, lines: Callable[..., None]) -> None:
+    question = {"prompt": "and what is that? " * 50}
+    lines(lambda records: records.extend({**records[0], **question, "id": i} for i in "ab"))
+    (warning,) = (line for line in check().output.splitlines() if "more than once" in line)
+    assert len(warning) < 200 and warning.endswith("... about images/0.png")
+
+
 def test_equal_content_is_found_by_its_hash(check: Check, tmp_path: Path) -> None:
     images = tmp_path / "images"
     shutil.copyfile(images / "0.png", images / "1.png")  # both in train

@@ -558,6 +558,23 @@ def test_duplicate_ids(case: str, name: str, words: str, tmp_path: Path) -> None
     assert str(error.value).startswith(f"{path}, {words}")
 
 
+def test_tables_of_another_form_say_what_to_do(tmp_path: Path) -> None:
+    """As spreadsheets save them: by semicolons, blanks behind commas, in another encoding."""
+    config = lay_out("csv", tmp_path)
+    path = Path(config.path)
+    table = path.read_text()
+    for content, words in (
+        (table.replace(",", ";"), "has 'id;media;prompt;.*;split;type'; commas stand between"),
+        (table.replace(",", ", "), "column 'media' is missing; it has 'id', ' media', "),
+        ("", "it has none; commas stand between columns"),
+        (table.encode() + "Grün".encode("latin-1"), "not UTF-8 .*; save it as UTF-8"),
+    ):
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(EpalmError, match=words) as error:
+            read(config)
+        assert str(error.value).startswith(str(path))
+
+
 def test_a_line_of_column_names_moves_no_caption(tmp_path: Path) -> None:
     """img2dataset wants it, and numbers the images behind it."""
     config = lay_out("cc3m", tmp_path)
