@@ -15,6 +15,8 @@ from click.testing import Result
 from pydantic import BaseModel
 
 from epalm.config import DataConfig, Recipe, load_recipe, parse_recipe
+from epalm.data.example import Example
+from epalm.evaluate.metrics import METRICS
 from epalm.pipeline import main
 from epalm.sweep import load_sweep
 
@@ -131,7 +133,7 @@ def test_the_walk_through_shows_the_encoder_that_is_there() -> None:
 
 
 def test_the_dataset_reader_shown_reads(tmp_path: Path) -> None:
-    (shown,) = blocks((ROOT / "docs" / "extending.md").read_text(), "python")
+    shown, _ = blocks((ROOT / "docs" / "extending.md").read_text(), "python")
     reader: dict[str, Any] = {}
     exec(shown, reader)
     for split, birds in (("train", ["wren", "owl"]), ("test", ["gull"])):
@@ -141,6 +143,26 @@ def test_the_dataset_reader_shown_reads(tmp_path: Path) -> None:
     assert dataset.counts() == {"train": (2, 2), "test": (1, 1)}
     assert dataset.examples[2].references == ("a gull",)
     assert all(name in DataConfig.model_fields for name in reader["SETTINGS"])
+
+
+def test_the_metric_shown_scores(
+    toy: Callable[..., Path],
+    cli: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a whole run, by the row that the page gives."""
+    page = (ROOT / "docs" / "extending.md").read_text()
+    scope: dict[str, Any] = {}
+    exec(blocks(page, "python")[1], scope)
+    (row,) = re.findall(r'`("first_word": .*)`', page)
+    monkeypatch.setitem(METRICS, "first_word", eval(f"{{{row}}}", scope)["first_word"])
+    done = cli("run", toy(evaluate={"metrics": ["first_word"]}, train={"steps": 1}))
+    assert done.exit_code == 0, done.output
+    scores = json.loads((tmp_path / "runs" / "toy" / "scores.json").read_text())
+    assert list(scores["metrics"]) == ["first_word"]
+    examples = [Example("1", "a", "", ("red shoe", "a boot"), "test")] * 3
+    assert scope["first_word"](["red", "a hat", ""], examples).per_example.tolist() == [1, 1, 0]
 
 
 def test_your_data_runs_as_the_page_says(
