@@ -181,6 +181,9 @@ class Predictor:
             features: of `encode`.
             rows: (B,) which media each prompt is about; default: all about the only one, or in
                 order.
+
+        Raises:
+            EpalmError: `rows` names media that are not there, or a prompt has no room.
         """
         if rows is None:
             rows = [0] * len(prompts) if len(features) == 1 else range(len(prompts))

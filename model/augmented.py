@@ -289,7 +289,8 @@ class AugmentedLM(PretrainedMixin, nn.Module):
             options: any of Hugging Face's `generate` (num_beams, do_sample, top_p, …).
 
         Raises:
-            EpalmError: the LM has no room for so many tokens.
+            EpalmError: the LM has no room for so many tokens, or `rows` names media that are not
+                there.
         """
         return Generator(self).generate_about(
             input_ids, attention_mask, features, rows, use_cache, **options

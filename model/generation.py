@@ -10,8 +10,9 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from epalm.device import send
+from epalm.errors import EpalmError
 from epalm.model.cache import CACHE, PrefixCache
-from epalm.model.connection import Features, to_device, tokens_of
+from epalm.model.connection import Features, media_of, to_device, tokens_of
 from epalm.model.prepacked import prepacked
 from epalm.model.room import Wanted
 from epalm.model.text import Equal
@@ -87,8 +88,14 @@ class Generator(GenerationMixin):
         """See `AugmentedLM.generate`."""
         model = self.model
         input_ids, features = send(input_ids, model.device), to_device(features, model.device)
+        media = media_of(features)
         if rows is None:
             rows = torch.arange(len(input_ids))
+        if len(rows) != len(input_ids) or not all(0 <= row < media for row in rows.tolist()):
+            raise EpalmError(
+                f"rows: {rows.tolist()} for {len(input_ids)} prompts, and features of {media} "
+                "media; give each prompt the number of its media, from 0"
+            )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         rows, attention_mask = (send(t, model.device) for t in (rows, attention_mask))

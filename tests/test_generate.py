@@ -244,6 +244,14 @@ def test_text_without_room_is_refused_before_anything_starts(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("rows", [[0, 1, 2, 0], [0, 1, -1, 0], [0, 1]])
+def test_rows_name_media_that_are_there(
+    model: AugmentedLM, batch: dict[str, torch.Tensor], rows: list[int]
+) -> None:
+    with pytest.raises(EpalmError, match="for 4 prompts, and features of 2 media; give each"):
+        generate(model, batch | {"rows": torch.tensor(rows)})
+
+
 def test_threads_take_turns() -> None:
     """What a web server does, with adapters that hang on the one LM that all threads use."""
     lm = tiny_opt()

@@ -331,7 +331,6 @@ def test_the_documented_example_runs(
     assert [line.split("?")[0] for line in capsys.readouterr().out.splitlines()] == [
         "what shape is in the image", "what color is the shape",
     ]  # fmt: skip
-    scope["features"] = scope["features"].repeat(2, 1, 1)
     exec(second, scope)
     assert len(scope["answers"]) == 3
 
