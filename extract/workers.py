@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -78,7 +78,13 @@ class Batch(NamedTuple):
 def prepare_workers(module: str) -> None:
     """Begin to load a module, in the process that workers are forked from; returns at once."""
     _SPAWN.set_forkserver_preload([module])
-    forkserver.ensure_running()
+    # it inherits what is blocked: Ctrl-C is for us alone, and would be a traceback of its loading
+    resource_tracker.ensure_running()  # to start it unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class DecodePool:

@@ -11,7 +11,9 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -728,6 +730,31 @@ def test_workers_end_with_their_parent(media: Callable[[bytes], Task]) -> None:
     while not all(map(is_gone, children)):
         assert time.monotonic() < end, [child for child in children if not is_gone(child)]
         time.sleep(0.1)
+
+
+LOADING = """
+import time
+from epalm.extract.workers import prepare_workers
+
+prepare_workers("epalm.extract.image")
+try:
+    print("loading", flush=True)
+    time.sleep(600)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_while_libraries_are_loaded_is_for_the_parent() -> None:
+    """A terminal sends it to all processes."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", LOADING]
+    with subprocess.Popen(command, start_new_session=True, **pipes) as parent:
+        assert parent.stdout and parent.stdout.readline() == "loading\n"
+        time.sleep(0.5)  # it loads for seconds
+        os.killpg(parent.pid, signal.SIGINT)
+        said, wrong = parent.communicate()
+    assert (said, wrong, parent.returncode) == ("interrupted\n", "", 0)
 
 
 def test_a_worker_ends_in_silence_with_what_it_said_unread(
