@@ -327,6 +327,26 @@ def test_prompts_are_checked_first(cli: Cli, toy: Toy, tmp_path: Path, opt_folde
     assert not (tmp_path / "features").exists()
 
 
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("answers", "the longest prompt with its answer has"),
+        ("prompt", "tokens; shorten it or raise text.max_prompt_tokens (58)"),
+    ],
+)
+def test_training_texts_are_checked_first(
+    cli: Cli, toy: Toy, tmp_path: Path, field: str, words: str
+) -> None:
+    """Of a training example, which no evaluation will ask."""
+    recipe, data = toy(text={"max_prompt_tokens": 58}), tmp_path / "toy.jsonl"
+    line, *others = data.read_text().splitlines()
+    long = "a shape of no name " * 10
+    record = json.loads(line) | {field: [long] if field == "answers" else long}
+    data.write_text("\n".join([json.dumps(record), *others]))
+    refused(cli("run", recipe), words)
+    assert not (tmp_path / "features").exists()
+
+
 def test_show_before_evaluation(cli: Cli, toy: Toy, tmp_path: Path) -> None:
     recipe = toy()
     cli("extract", recipe)

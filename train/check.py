@@ -1,7 +1,9 @@
 """What would stop a training, found before features are extracted."""
 
+from collections.abc import Iterable
+
 from epalm.config import Recipe
-from epalm.data.example import Dataset
+from epalm.data.example import Dataset, Example
 from epalm.device import choose_device
 from epalm.errors import EpalmError
 from epalm.extract.encoder import describe
@@ -12,6 +14,8 @@ from epalm.store.spec import FeatureSpec, JointSpec
 from epalm.train.answer_start import check_answers
 from epalm.train.batches import check_examples
 from epalm.train.parts import check_prompts, room_of
+
+_SPECIAL_TOKENS = 8  # more than tokenizers put around a text
 
 
 def check_splits(dataset: Dataset, recipe: Recipe) -> None:
@@ -36,7 +40,7 @@ def check_training(recipe: Recipe, dataset: Dataset) -> None:
     Raises:
         EpalmError: there are too few examples, none of a split, or no answer to start from; LM,
             tokenizer or encoder cannot be had; the variant does not fit them; a prompt has no token
-            or no room.
+            or no room, or a training text has none.
     """
     check_splits(dataset, recipe)
     check_examples(dataset.split("train"), recipe)
@@ -48,4 +52,23 @@ def check_training(recipe: Recipe, dataset: Dataset) -> None:
     codec = TextCodec(load_tokenizer(recipe.lm.weights, recipe.text, rows), recipe.text)
     model = AugmentedLM.from_config(lm, recipe.variant, spec.layers, spec.dim)
     codec.prompt(min((example.prompt for example in dataset.examples), key=len))
-    check_prompts(recipe, dataset, room_of(recipe, model, spec), codec)
+    room = room_of(recipe, model, spec)
+    check_prompts(recipe, dataset, room, codec)
+    room.check_training(_longest(dataset.split("train"), codec, room.positions - room.taken))
+
+
+def _longest(examples: Iterable[Example], codec: TextCodec, places: int) -> int:
+    """Tokens of the longest text with its answer, if it may be more than so many; else 0.
+
+    A token is a byte or more, so that few texts, if any, have to be tokenised.
+    """
+    text = codec.config
+    fixed = len(text.template.encode()) + len(text.answer_prefix.encode()) + _SPECIAL_TOKENS
+    enough = min(places, text.max_prompt_tokens) - fixed
+    long = {
+        (e.prompt, r)
+        for e in examples
+        for r in e.references
+        if len(e.prompt.encode()) + len(r.encode()) > enough
+    }
+    return max((len(codec.prompt(p)) + len(codec.answer(r)) - 1 for p, r in long), default=0)
