@@ -1,5 +1,6 @@
 """`data check`: what is wrong with a dataset, said before hours are spent on it."""
 
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -160,12 +161,19 @@ def _look_for_media(report: Report) -> None:
         try:
             size, _ = media.version()
         except OSError:
-            missing[media.id] = media.id
+            missing[media.id] = media.id + _look_alike(report.dataset, media.id)
         else:
             if not size:
                 empty[media.id] = media.id
     report.judge(missing, f"media are missing in {root.name}")
     report.judge(empty, "media files are empty")
+
+
+def _look_alike(dataset: Dataset, name: str) -> str:
+    """What to say where a name is there in Unicode's other normal form, as files from a Mac are."""
+    forms = {unicodedata.normalize(form, name) for form in ("NFC", "NFD")} - {name}
+    there = any(dataset.root.find(other).exists() for other in forms)
+    return " (there in another Unicode form: rename it, or change the annotations)" if there else ""
 
 
 def _look_at_texts(report: Report) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,15 @@ def test_missing_and_empty_media_stop_or_are_skipped(check: Check, tmp_path: Pat
     skipped = check("--set", "data.bad_media=skip")
     assert skipped.exit_code == 0
     assert f"warning: 1 media are missing in {tmp_path}: images/3.png" in skipped.output
+
+
+def test_a_name_in_another_unicode_form(check: Check, tmp_path: Path) -> None:
+    """As a Mac writes it into an archive; it looks the same."""
+    name = "images/\u00e4.png"
+    lines = (tmp_path / "toy.jsonl").read_text()
+    (tmp_path / "toy.jsonl").write_text(lines.replace("images/3.png", name))
+    (tmp_path / "images" / "3.png").rename(tmp_path / unicodedata.normalize("NFD", name))
+    assert f"{name} (there in another Unicode form" in check().output
 
 
 def test_media_that_are_skipped_must_leave_enough(check: Check, tmp_path: Path) -> None:
