@@ -60,7 +60,8 @@ def check_training(recipe: Recipe, dataset: Dataset) -> None:
 def _longest(examples: Iterable[Example], codec: TextCodec, places: int) -> int:
     """Tokens of the longest text with its answer, if it may be more than so many; else 0.
 
-    A token is a byte or more, so that few texts, if any, have to be tokenised.
+    A token is a byte or more, so that few texts, if any, have to be tokenised. Of one that a
+    tokenizer makes longer first, `train` says the same once its batches are planned.
     """
     text = codec.config
     fixed = len(text.template.encode()) + len(text.answer_prefix.encode()) + _SPECIAL_TOKENS
