@@ -12,7 +12,7 @@ from step_world import MEDIA_SHAPES, PROMPT, VARIANTS, Case, World
 from torch.nn.functional import cross_entropy
 
 from epalm.extract.encoder import Encoder, build
-from epalm.model import attention, prepacked
+from epalm.model import attention, linears
 from epalm.model.augmented import AugmentedLM
 from epalm.model.shared import SharedLM
 from epalm.model.text import Equal
@@ -122,7 +122,7 @@ class Steps:
     @staticmethod
     def _without_prepacking(step: Step) -> Step:
         """The step with linear layers as Hugging Face's models have them."""
-        return _on_no_device(prepacked.PREPACKED_ON, step)
+        return _on_no_device(linears.OWN_LINEARS_ON, step)
 
     @cached_property
     def _image(self) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from epalm.model.augmented import AugmentedLM
 from epalm.model.connection import Features
 from epalm.model.families.base import LMFamily
-from epalm.model.prepacked import prepacked
+from epalm.model.linears import own_linears
 from epalm.model.relu import lean_relus
 from epalm.model.text import Equal
 from epalm.train.batches import Batch
@@ -61,7 +61,10 @@ def example_losses(
     flat = labels.flatten()
     if labelled is None:
         labelled = (flat != -100).nonzero()[:, 0]
-    with prepacked(model.lm, input_ids.numel()), lean_relus(model.lm) if frozen else nullcontext():
+    with (
+        own_linears(model.lm, input_ids.numel()),
+        lean_relus(model.lm) if frozen else nullcontext(),
+    ):
         states = model.states(input_ids, attention_mask, features, rows, equal, text_states, last)
         states, wanted = states.flatten(0, 1)[labelled], flat[labelled]
         if frozen and states.requires_grad:

@@ -1,4 +1,5 @@
-"""Linear layers with reordered weights give what they gave before, to the last bit."""
+"""Linear layers give what they gave before, when they compute otherwise; from prepacked weights to
+the last bit."""
 
 import gc
 import weakref
@@ -11,9 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from epalm.config import VariantConfig
-from epalm.model import prepacked as module
+from epalm.model import in_pieces
+from epalm.model import linears as module
 from epalm.model.augmented import AugmentedLM
-from epalm.model.prepacked import linears_in, prepacked
+from epalm.model.in_pieces import InPieces
+from epalm.model.linears import linears_in, own_linears
+from epalm.model.prepacked import Prepacked
 from epalm.train.loss import example_losses
 from tests.conftest import tiny_llama, tiny_opt
 
@@ -29,7 +33,11 @@ def linear(width: int = 40, out: int = 24, bias: bool = True) -> nn.Linear:
     return nn.Linear(width, out, bias=bias).to(torch.bfloat16).requires_grad_(False)
 
 
-def is_prepacked(linear: nn.Linear) -> bool:
+def kept(linear: nn.Linear) -> Prepacked:
+    return module._kept[linear][Prepacked].products
+
+
+def computes_otherwise(linear: nn.Linear) -> bool:
     return "forward" in vars(linear)
 
 
@@ -40,8 +48,8 @@ def test_output_and_gradient_are_the_same(shape: tuple[int, ...], bias: bool) ->
     states = torch.randn(shape).to(torch.bfloat16).requires_grad_()
     same = states.detach().clone().requires_grad_()
     plain = lin(states)
-    with prepacked(lin, 1):
-        assert is_prepacked(lin)
+    with own_linears(lin, 1):
+        assert computes_otherwise(lin)
         ours = lin(same)
     gradient = torch.randn_like(plain)
     plain.backward(gradient)
@@ -54,36 +62,80 @@ def test_states_need_not_lie_side_by_side() -> None:
     gradient = torch.ones(1, dtype=torch.bfloat16).expand(6, 24)
     states.requires_grad_()
     (expected,) = torch.autograd.grad(lin(states), states, gradient)
-    with prepacked(lin, 6):
+    with own_linears(lin, 6):
         out = lin(states)
     assert torch.equal(out, lin(states))
     assert torch.equal(torch.autograd.grad(out, states, gradient)[0], expected)
 
 
-def test_only_frozen_bfloat16_layers_with_few_rows() -> None:
+def test_only_frozen_bfloat16_layers() -> None:
     trained = linear().requires_grad_()
     wide = linear().float()
-    few = linear()
-    every = nn.ModuleList((trained, wide, few))
-    with prepacked(every, module._MANY - 1):
-        assert [is_prepacked(each) for each in every] == [False, False, True]
-    with prepacked(every, module._MANY):
-        assert not is_prepacked(few)
+    frozen = linear()
+    every = nn.ModuleList((trained, wide, frozen))
+    with own_linears(every, 1):
+        assert [computes_otherwise(each) for each in every] == [False, False, True]
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_with_many_tokens_only_where_there_are_tiles(
+    tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_has_tiles", lambda: tiles)
+    lin = linear()
+    for tokens, kind in ((module._MANY - 1, Prepacked), (module._MANY, InPieces)):
+        with own_linears(lin, tokens):
+            assert computes_otherwise(lin) == (tiles or kind is Prepacked)
+        assert (kind in module._kept[lin]) == (tiles or kind is Prepacked)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [(0,), (256,), (3, 100), (2, 255), (600,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_in_pieces(
+    rows: tuple[int, ...], bias: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of about as many rows as columns, forwards 280 and backwards 256, and of twice as many."""
+    monkeypatch.setattr(module, "_has_tiles", lambda: True)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    lin = linear(256, 280, bias)
+    states = torch.randn(*rows, 256).to(torch.bfloat16).requires_grad_()
+    with own_linears(lin, module._MANY):
+        ours = lin(states)
+    gradient = torch.randn_like(ours)
+    (of_states,) = torch.autograd.grad(ours, states, gradient)
+    expected = lin(states)
+    (of_same,) = torch.autograd.grad(expected, states, gradient)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(of_states, of_same)
+
+
+@pytest.mark.parametrize(
+    "rows, columns, pieces",
+    [(0, 768, 1), (691, 768, 1), (692, 768, 2), (1200, 768, 2), (1399, 768, 3), (1400, 768, 1)]
+    + [(1151, 576, 3), (1152, 576, 1), (1200, 1024, 2), (1200, 1025, 1), (256, 255, 1)],
+)
+def test_where_a_product_is_made_in_pieces(
+    rows: int, columns: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for threads, expected in ((1, 1), (2, pieces), (3, 1)):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        assert in_pieces._pieces(rows, columns) == expected
 
 
 def test_a_layer_is_itself_again() -> None:
     lin = linear()
-    with pytest.raises(ZeroDivisionError), prepacked(lin, 1):
+    with pytest.raises(ZeroDivisionError), own_linears(lin, 1):
         raise ZeroDivisionError
-    assert not is_prepacked(lin)
+    assert not computes_otherwise(lin)
 
 
 def test_a_pass_within_a_pass() -> None:
     lin, states = linear(), torch.randn(2, 40).to(torch.bfloat16)
-    with prepacked(lin, 1):
-        with prepacked(lin, 1):
+    with own_linears(lin, 1):
+        with own_linears(lin, 1):
             inner = lin(states)
-        assert is_prepacked(lin)
+        assert computes_otherwise(lin)
     assert torch.equal(inner, lin(states))
 
 
@@ -95,10 +147,10 @@ def test_changed_weights_count() -> None:
         lambda: setattr(lin, "weight", nn.Parameter(lin.weight + 1, requires_grad=False)),
         lambda: setattr(lin, "bias", nn.Parameter(lin.bias + 1, requires_grad=False)),
     ):
-        with prepacked(lin, 1):
+        with own_linears(lin, 1):
             lin(states)
         change()
-        with prepacked(lin, 1):
+        with own_linears(lin, 1):
             ours = lin(states)
         assert torch.equal(ours, lin(states))
 
@@ -108,28 +160,32 @@ def test_without_memory_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("psutil.virtual_memory", lambda: free)
     lin = linear()
     states = torch.randn(2, 40).to(torch.bfloat16).requires_grad_()
-    with prepacked(lin, 1):
+    with own_linears(lin, 1):
         out = lin(states)
     out.sum().backward()
     assert torch.equal(out, lin(states)) and states.grad is not None
-    assert set(module._kept[lin]._by_direction.values()) == {None}
+    assert set(kept(lin)._by_direction.values()) == {None}
 
 
 def test_what_is_kept_goes_with_the_layer() -> None:
     lm = nn.Sequential(linear())
-    with prepacked(lm, 1):
+    with own_linears(lm, 1):
         lm(torch.randn(2, 40).to(torch.bfloat16))
-    kept = weakref.ref(module._kept[lm[0]])
+    ours = weakref.ref(kept(lm[0]))
     del lm
     gc.collect()
-    assert kept() is None
+    assert ours() is None
 
 
 @pytest.mark.parametrize("make", [tiny_opt, tiny_llama])
+@pytest.mark.parametrize("kind", [Prepacked, InPieces])
 def test_a_training_step_and_generation(
-    make: Callable[[], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], PreTrainedModel], kind: module._Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses, gradients and answers, with and without, of all linear layers of an LM."""
+    monkeypatch.setattr(module, "_has_tiles", lambda: True)
+    if kind is InPieces:
+        monkeypatch.setattr(module, "_MANY", 1)
     lm = make().to(torch.bfloat16)
     torch.manual_seed(0)
     model = AugmentedLM.from_config(lm, VARIANT, LAYERS, DIM)
@@ -137,7 +193,7 @@ def test_a_training_step_and_generation(
     ids = torch.randint(3, 300, (TEXTS, TOKENS))
     found = []
     for devices in ({"cpu"}, set()):
-        monkeypatch.setattr(module, "PREPACKED_ON", devices)
+        monkeypatch.setattr(module, "OWN_LINEARS_ON", devices)
         model.zero_grad()
         sums, _ = example_losses(model, ids, torch.ones_like(ids), ids.clone(), features)
         sums.sum().backward()
@@ -148,4 +204,6 @@ def test_a_training_step_and_generation(
         assert torch.equal(with_it, without)
     used = [linear for linear in linears_in(lm) if linear in module._kept]
     assert used == linears_in(lm)
-    assert all(len(module._kept[linear]._by_direction) == 2 for linear in used)
+    assert all([*module._kept[linear]] == [kind] for linear in used)
+    if kind is Prepacked:
+        assert all(len(kept(linear)._by_direction) == 2 for linear in used)

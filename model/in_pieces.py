@@ -1,0 +1,60 @@
+"""The products of a linear layer with many rows, in pieces of rows where that is faster.
+
+With AMX on two cores, and with no other number of them, oneDNN (3.12) leaves a product to one of
+them if what comes out is small and about as high as wide. Of half the rows each has a share, and
+both halves together take little more than half the time. What comes out may differ by a rounding.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from epalm.model.onednn import linear
+
+_CORES = 2
+_COLUMNS = range(256, 1025)  # that such a product has
+_LOW, _HIGH, _MOST = 0.9, 2.0, 1400  # its rows are so many for each column, but no more than these
+
+
+class InPieces:
+    """Of a layer with frozen weights (O, I); see `linears.py`."""
+
+    def __init__(self, layer: nn.Linear):
+        self._weight, self._bias = layer.weight, layer.bias
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        rows = states.reshape(-1, states.shape[-1])
+        pieces = _pieces(len(rows), len(self._weight))
+        if pieces == 1:  # there, the bias costs nothing
+            return linear(states, self._weight, self._bias)
+        out = _product(rows, self._weight.t(), self._bias, pieces)
+        return out.view(*states.shape[:-1], out.shape[1])
+
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        out = _product(rows, self._weight, None, _pieces(len(rows), self._weight.shape[1]))
+        return out.view(*gradient.shape[:-1], out.shape[1])
+
+
+def _product(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pieces: int
+) -> torch.Tensor:
+    """(N, K) times (K, O), and the bias (O,)."""
+    if bias is None and pieces == 1:
+        return rows @ weight
+    out = rows.new_empty(len(rows), weight.shape[1])
+    for some, into in zip(rows.chunk(pieces), out.chunk(pieces), strict=True):
+        if bias is None:
+            torch.mm(some, weight, out=into)
+        else:
+            torch.addmm(bias, some, weight, out=into)
+    return out
+
+
+def _pieces(rows: int, columns: int) -> int:
+    """How many a product with so many rows and columns is made in."""
+    one_core = columns in _COLUMNS and _LOW * columns < rows < min(_HIGH * columns, _MOST)
+    if not one_core or torch.get_num_threads() != _CORES:
+        return 1
+    return math.ceil(rows / (_LOW * columns))
