@@ -23,28 +23,27 @@ class InPieces:
     def __init__(self, layer: nn.Linear):
         self._weight, self._bias = layer.weight, layer.bias
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        rows = states.reshape(-1, states.shape[-1])
-        pieces = _pieces(len(rows), len(self._weight))
-        if pieces == 1:  # there, the bias costs nothing
-            return linear(states, self._weight, self._bias)
-        out = _product(rows, self._weight.t(), self._bias, pieces)
-        return out.view(*states.shape[:-1], out.shape[1])
+    def forward(self, states: torch.Tensor, relu: bool) -> torch.Tensor:
+        pieces = _pieces(states.shape[:-1].numel(), len(self._weight))
+        if pieces == 1:  # there, bias and ReLU cost nothing
+            return linear(states, self._weight, self._bias, relu)
+        out = _product(states, self._weight.t(), self._bias, pieces)
+        return out.relu_() if relu else out
 
     def backward(self, gradient: torch.Tensor) -> torch.Tensor:
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        out = _product(rows, self._weight, None, _pieces(len(rows), self._weight.shape[1]))
-        return out.view(*gradient.shape[:-1], out.shape[1])
+        pieces = _pieces(gradient.shape[:-1].numel(), self._weight.shape[1])
+        return _product(gradient, self._weight, None, pieces)
 
 
 def _product(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pieces: int
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pieces: int
 ) -> torch.Tensor:
-    """(N, K) times (K, O), and the bias (O,)."""
-    if bias is None and pieces == 1:
-        return rows @ weight
-    out = rows.new_empty(len(rows), weight.shape[1])
-    for some, into in zip(rows.chunk(pieces), out.chunk(pieces), strict=True):
+    """(…, K) times (K, O), and the bias (O,)."""
+    out = states.new_empty(*states.shape[:-1], weight.shape[1])
+    if not out.numel():
+        return out
+    rows = states.reshape(-1, states.shape[-1])
+    for some, into in zip(rows.chunk(pieces), out.flatten(0, -2).chunk(pieces), strict=True):
         if bias is None:
             torch.mm(some, weight, out=into)
         else:

@@ -1,11 +1,11 @@
 """A frozen LM's linear layers on a CPU in bfloat16: the same sums, otherwise computed.
 
 With few tokens from weights in oneDNN's own order (`prepacked.py`), with many in pieces of rows
-where one product would leave a core idle (`in_pieces.py`). Both use the functions for oneDNN that
-torch's own compiler does.
+where one product would leave a core idle (`in_pieces.py`); with the ReLU that follows. Both use the
+functions for oneDNN that torch's own compiler does.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from epalm.model.in_pieces import InPieces
 from epalm.model.in_use import in_use
 from epalm.model.prepacked import Prepacked
+from epalm.model.relu import relus_of_linears
 
 OWN_LINEARS_ON = {"cpu"}
 _MANY = 512  # tokens; from here on, prepacked weights save too little for the memory they need
@@ -29,8 +30,8 @@ _kept: WeakKeyDictionary[nn.Linear, dict["_Kind", "_Kept"]] = WeakKeyDictionary(
 class _Products(Protocol):
     """The products of a linear layer with weights (O, I)."""
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(…, I) to (…, O)."""
+    def forward(self, states: torch.Tensor, relu: bool) -> torch.Tensor:
+        """(…, I) to (…, O); with `relu`, of it the ReLU."""
 
     def backward(self, gradient: torch.Tensor) -> torch.Tensor:
         """(…, O) to (…, I)."""
@@ -47,22 +48,27 @@ class _Kept(NamedTuple):
 
 
 @contextmanager
-def own_linears(lm: nn.Module, tokens: int) -> Iterator[None]:
+def own_linears(lm: nn.Module, tokens: int) -> Iterator[Set[nn.Module]]:
     """Within it, the frozen linear layers of an LM compute as above, where that pays.
 
     Args:
         tokens: of text, in this pass.
+
+    Returns:
+        The ReLUs that find nothing left to do.
     """
     on_cpu = next(lm.parameters()).device.type in OWN_LINEARS_ON
     kind = _kind(tokens) if on_cpu else None
     with in_use(lm):
-        ours = []
+        ours, done = [], set()
         if kind is not None:
+            relus = relus_of_linears(lm)
             ours = [linear for linear in _all_of(lm) if _can_be(linear)]
+            done = {relus[linear] for linear in ours if linear in relus}
             for linear in ours:
-                vars(linear)["forward"] = _forward(_of(linear, kind))
+                vars(linear)["forward"] = _forward(_of(linear, kind), linear in relus)
         try:
-            yield
+            yield done
         finally:
             for linear in ours:
                 del vars(linear)["forward"]
@@ -93,24 +99,25 @@ class _Linear(torch.autograd.Function):
     """A linear layer with frozen weights."""
 
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, products: _Products) -> torch.Tensor:
+    def forward(ctx: Any, states: torch.Tensor, products: _Products, relu: bool) -> torch.Tensor:
         ctx.products = products
-        return products.forward(states)
+        return products.forward(states, relu)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.products.backward(gradient), None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.products.backward(gradient), None, None
 
 
-def _forward(products: _Products) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What stands in for the `forward` of a linear layer."""
+def _forward(products: _Products, relu: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What stands in for the `forward` of a linear layer; `relu`: with a ReLU after it, in whose
+    gradient the layer's is taken."""
 
     def forward(states: torch.Tensor) -> torch.Tensor:
         if states.requires_grad and torch.is_grad_enabled():
-            out: torch.Tensor = _Linear.apply(states, products)
+            out: torch.Tensor = _Linear.apply(states, products, relu)
             return out
-        return products.forward(states)
+        return products.forward(states, relu)
 
     return forward
 

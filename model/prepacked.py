@@ -21,11 +21,12 @@ class Prepacked:
         self._weight, self._bias = layer.weight, layer.bias
         self._by_direction: dict[str, torch.Tensor | None] = {}
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, relu: bool) -> torch.Tensor:
         weight = self._reordered("forward")
         if weight is None or not states.numel():
-            return nn.functional.linear(states, self._weight, self._bias)
-        return linear(states, weight, self._bias)
+            out = nn.functional.linear(states, self._weight, self._bias)
+            return out.relu_() if relu else out
+        return linear(states, weight, self._bias, relu)
 
     def backward(self, gradient: torch.Tensor) -> torch.Tensor:
         weight = self._reordered("backward")

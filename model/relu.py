@@ -1,6 +1,6 @@
 """ReLU that keeps one byte for each number for the backward pass, not the number."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,35 +16,56 @@ class _ReLU(torch.autograd.Function):
     """In place, and of its output it keeps where that is positive."""
 
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, states: torch.Tensor, done: bool) -> torch.Tensor:
         ctx.mark_dirty(states)
-        ctx.save_for_backward(states.relu_().to(torch.bool))
+        if not done:
+            states.relu_()
+        ctx.save_for_backward(states.to(torch.bool))
         return states
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (positive,) = ctx.saved_tensors
         # times 0 or 1 as integers: on a CPU three to eleven times as fast as with numbers
         bits = _BITS[gradient.dtype.itemsize]
-        return positive.to(bits).mul_(gradient.view(bits)).view(gradient.dtype)
+        return positive.to(bits).mul_(gradient.view(bits)).view(gradient.dtype), None
 
 
 def _relu(states: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = _ReLU.apply(states) if states.requires_grad else states.relu()
+    out: torch.Tensor = _ReLU.apply(states, False) if states.requires_grad else states.relu()
     return out
 
 
+def _relu_done(states: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = _ReLU.apply(states, True) if states.requires_grad else states
+    return out
+
+
+def relus_of_linears(lm: nn.Module) -> dict[nn.Linear, nn.ReLU]:
+    """By linear layer, the ReLU that alone reads what it gives; in OPT, one a layer."""
+    pairs = ((getattr(part, "fc1", None), getattr(part, "activation_fn", None))
+             for part in lm.modules())  # fmt: skip
+    return {
+        linear: relu
+        for linear, relu in pairs
+        if isinstance(linear, nn.Linear) and isinstance(relu, nn.ReLU)
+    }
+
+
 @contextmanager
-def lean_relus(lm: nn.Module) -> Iterator[None]:
+def lean_relus(lm: nn.Module, done: Collection[nn.Module] = ()) -> Iterator[None]:
     """Within it, the ReLUs of a frozen LM (OPT has one a layer) keep for the backward pass only
     where they are positive: a linear layer needs its input there only if its weights are trained.
 
     They work in place, for nothing else reads what the linear layer before them gives.
+
+    Args:
+        done: those of them whose input is what their output should be.
     """
     relus = [module for module in lm.modules() if isinstance(module, nn.ReLU)]
     with in_use(lm):
         for relu in relus:
-            relu.forward = _relu
+            relu.forward = _relu_done if relu in done else _relu
         try:
             yield
         finally:

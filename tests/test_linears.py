@@ -18,6 +18,7 @@ from epalm.model.augmented import AugmentedLM
 from epalm.model.in_pieces import InPieces
 from epalm.model.linears import linears_in, own_linears
 from epalm.model.prepacked import Prepacked
+from epalm.model.relu import lean_relus
 from epalm.train.loss import example_losses
 from tests.conftest import tiny_llama, tiny_opt
 
@@ -108,6 +109,34 @@ def test_in_pieces(
     (of_same,) = torch.autograd.grad(expected, states, gradient)
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(of_states, of_same)
+
+
+@pytest.mark.parametrize("tokens", [1, module._MANY])
+@pytest.mark.parametrize("rows", [5, 300])
+@pytest.mark.parametrize("memory", [True, False])
+def test_with_the_relu_after_it(
+    rows: int, tokens: int, memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_has_tiles", lambda: True)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    if not memory:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=1, available=0))
+    layer = nn.Module()
+    layer.fc1, layer.activation_fn = linear(40, 280), nn.ReLU()
+    states = torch.randn(rows, 40).to(torch.bfloat16).requires_grad_()
+    found = []
+    with own_linears(layer, tokens) as done, lean_relus(layer, done):
+        assert done == {layer.activation_fn}
+        found.append(layer.fc1(states))
+        assert found[0].min() == 0
+        found.append(layer.activation_fn(found[0]))
+    expected = layer.activation_fn(layer.fc1(states))
+    gradient = torch.randn_like(expected)
+    of_expected, of_ours = (
+        torch.autograd.grad(out, states, gradient)[0] for out in (expected, found[1])
+    )
+    torch.testing.assert_close(found[1], expected)
+    torch.testing.assert_close(of_ours, of_expected)
 
 
 @pytest.mark.parametrize(

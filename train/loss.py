@@ -62,8 +62,8 @@ def example_losses(
     if labelled is None:
         labelled = (flat != -100).nonzero()[:, 0]
     with (
-        own_linears(model.lm, input_ids.numel()),
-        lean_relus(model.lm) if frozen else nullcontext(),
+        own_linears(model.lm, input_ids.numel()) as done,
+        lean_relus(model.lm, done) if frozen else nullcontext(),
     ):
         states = model.states(input_ids, attention_mask, features, rows, equal, text_states, last)
         states, wanted = states.flatten(0, 1)[labelled], flat[labelled]
