@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from step_world import MEDIA_SHAPES, PROMPT, VARIANTS, Case, World
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from epalm.extract.encoder import Encoder, build
@@ -36,7 +37,7 @@ class Steps:
         self.batches = world.batches(case)
         self.optimiser = make_optimiser(self.model, self.config)
         self.number = 0
-        fused, plain = self._with_fused_attention, self._without_prepacking
+        fused, plain = self._with_fused_attention, self._with_plain_linears
         self.by_name: dict[str, Step] = {
             "encoder in loop": fused(lambda: self._step(self._encoder_in_loop("float32"))),
             "naive": fused(lambda: self._step(self._naive(logits_at_labels=False, graph=True))),
@@ -46,7 +47,7 @@ class Steps:
             "prefix": plain(lambda: self._step(self._apart)),
             "packed": plain(lambda: self._step(self._whole_last_layer)),
             "last": plain(lambda: self._step(self._shared)),
-            "prepacked": lambda: self._step(self._shared),
+            "linears": lambda: self._step(self._shared),
             "halves": self._step_in_halves,
             "three, together": self._step_of_three,
         }
@@ -117,10 +118,10 @@ class Steps:
     @staticmethod
     def _with_fused_attention(step: Step) -> Step:
         """The step with torch's own attention, as Hugging Face's models have it."""
-        return Steps._without_prepacking(_on_no_device(attention.WRITTEN_OUT_ON, step))
+        return Steps._with_plain_linears(_on_no_device(attention.WRITTEN_OUT_ON, step))
 
     @staticmethod
-    def _without_prepacking(step: Step) -> Step:
+    def _with_plain_linears(step: Step) -> Step:
         """The step with linear layers as Hugging Face's models have them."""
         return _on_no_device(linears.OWN_LINEARS_ON, step)
 
@@ -219,19 +220,27 @@ class Bound:
         lower_cached: without those of the lower half.
         prompts: with those of prompt tokens, once per step in the lower half and once per media
             above it; a layer's text and prefix in one product, which is faster.
+        own: as `train` makes them, if it makes them otherwise than torch (`model/linears.py`).
     """
 
-    def __init__(self, world: World, case: Case, lower_cached: bool = False, prompts: bool = False):
+    def __init__(
+        self,
+        world: World,
+        case: Case,
+        lower_cached: bool = False,
+        prompts: bool = False,
+        own: bool = False,
+    ):
         lm = world.lm
         layers = lm.model.decoder.layers
         half = len(layers) // 2
         texts, media = case.batch * (PROMPT + 1), case.batch // case.questions
         prompt = VARIANTS[case.variant]["prompt_length"]
-        self.products: list[tuple[torch.Tensor, torch.Tensor]] = []
-        weights_of = [
-            [layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight,
-             layer.self_attn.v_proj.weight, layer.self_attn.out_proj.weight,
-             layer.fc1.weight, layer.fc2.weight]
+        self._kind = linears._kind(texts) if own and world.device.type == "cpu" else None
+        self._products: list[Callable[[], torch.Tensor]] = []
+        linears_of = [
+            [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj,
+             layer.self_attn.out_proj, layer.fc1, layer.fc2]
             for layer in layers
         ]  # fmt: skip
 
@@ -241,31 +250,38 @@ class Bound:
                 return [texts + (media * (prompt + 1) if upper else prompt)]
             return [texts, media] if upper else [texts]
 
-        for index, some in enumerate(weights_of):
+        for index, some in enumerate(linears_of):
             if index >= half or not lower_cached:
                 for rows in rows_of(index):
                     self._forward(rows, some)
-        self._forward(2 * case.batch, [lm.lm_head.weight])
-        self._backward(2 * case.batch, [lm.lm_head.weight])
+        self._forward(2 * case.batch, [lm.lm_head])
+        self._backward(2 * case.batch, [lm.lm_head])
         lowest = 0 if prompt else half
         for index in reversed(range(lowest, len(layers))):
-            some = weights_of[index]
+            some = linears_of[index]
             for rows in rows_of(index):
                 # in the lowest layer text is reached as keys' queries are, but not its own input
-                own = index == lowest and rows >= texts
-                self._backward(rows, some[3:] if own else some)
+                own_input = index == lowest and rows >= texts
+                self._backward(rows, some[3:] if own_input else some)
 
-    def _forward(self, rows: int, some: list[torch.Tensor]) -> None:
-        self._add(rows, [w.detach().t() for w in some])
+    def _forward(self, rows: int, some: list[nn.Linear]) -> None:
+        for layer in some:
+            weight = layer.weight.detach()
+            left = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
+            if self._kind is None:
+                self._products.append(partial(torch.mm, left, weight.t()))
+            else:
+                self._products.append(partial(linears._of(layer, self._kind).forward, left, False))
 
-    def _backward(self, rows: int, some: list[torch.Tensor]) -> None:
-        self._add(rows, [w.detach() for w in reversed(some)])
-
-    def _add(self, rows: int, some: list[torch.Tensor]) -> None:
-        for weight in some:
-            left = torch.randn(rows, weight.shape[0], device=weight.device, dtype=weight.dtype)
-            self.products.append((left, weight))
+    def _backward(self, rows: int, some: list[nn.Linear]) -> None:
+        for layer in reversed(some):
+            weight = layer.weight.detach()
+            left = torch.randn(rows, len(weight), device=weight.device, dtype=weight.dtype)
+            if self._kind is None:
+                self._products.append(partial(torch.mm, left, weight))
+            else:
+                self._products.append(partial(linears._of(layer, self._kind).backward, left))
 
     def __call__(self) -> None:
-        for left, weight in self.products:
-            torch.mm(left, weight)
+        for product in self._products:
+            product()

@@ -19,8 +19,8 @@ prefix           prefix once per media, prompt below the first injection layer o
                  here on the ReLUs keep booleans, and logits are made 128 labels at a time
 packed           prefix and texts in one sequence
 last             in the last layer, keys and values alone where no token is predicted from
-prepacked        on a CPU in bfloat16, with batches of 8, weights in oneDNN's order: with it, the
-                 step that `train` takes
+linears          on a CPU in bfloat16, with batches of 8 weights in oneDNN's order, and with larger
+                 ones, where there is AMX, products in pieces; with it, the step that `train` takes
 states           and text states at the first injection layer from their cache, as `train` has them
                  for variants that train nothing below
 halves           that step with `train.accumulate: 2`: in two pieces, for the memory's sake
@@ -32,6 +32,7 @@ bound            the matrix products that the sample-dependent work needs, back 
                  reached. Attention's own products are not counted, nor are prompt tokens. For
                  `states` there is a bound of its own, without the lower layers.
 bound, prompts   the same with those of prompt tokens, a layer's text and prefix in one product
+bound, linears   the bound's products as `train` makes them
 
 Steps take turns within a repeat, so that all see the same machine, and the bound comes right after
 the step that `train` takes; medians count, of seconds and of each repeat's ratio to the bound. Peak
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", help="of the LM")
-    parser.add_argument("--peak", choices=["naive", "prepacked", "halves"], help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=["naive", "linears", "halves"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     keep_freed_memory()  # as the command line does
     with tempfile.TemporaryDirectory(prefix="epalm-step-") as name:
@@ -108,8 +109,9 @@ def _measure(world: World, case: Case, options: argparse.Namespace) -> Measured:
     timed: dict[str, Callable[[], Any]] = {}
     for name, step in steps.by_name.items():
         timed[name] = step
-        if name == "prepacked":
+        if name == "linears":
             timed["bound"] = Bound(world, case)
+            timed["bound, linears"] = Bound(world, case, own=True)
         if name == "states":
             timed["bound of states"] = Bound(world, case, lower_cached=True)
     if VARIANTS[case.variant]["prompt_length"]:
@@ -149,22 +151,23 @@ def _summary(
     ends in `_bf16`, with an encoder in bfloat16.
     """
     case, of_bound = result[str(Case("epalm", 64, 4))]
-    step, lin = case["prepacked"], result[str(Case("lin", 64, 4))].seconds
+    step, lin = case["linears"], result[str(Case("lin", 64, 4))].seconds
     encoders = {m: _encoder_seconds(world, m) for m in ("video", "audio")}
     dtypes = [*encoders["video"]]
-    peaks = {name: _peak_of(name, options) for name in ("naive", "prepacked", "halves")}
+    peaks = {name: _peak_of(name, options) for name in ("naive", "linears", "halves")}
     for name, peak in peaks.items():
         print(f"peak memory, batch 64, {name}: {peak.whole:.0f} MB, {peak.step:.0f} of the step")
     for modality, of_dtype in encoders.items():
         for dtype, seconds in of_dtype.items():
             print(f"{modality} encoder, {dtype}: {seconds:.2f} s a media")
     summary = {
-        "step_over_bound": of_bound["prepacked"],
+        "step_over_bound": of_bound["linears"],
         "step_over_bound_halves": of_bound["halves"],
+        "step_over_bound_linears": step / case["bound, linears"],
         "data_wait_share": case["data"] / step,
-        "peak_memory_ratio": peaks["prepacked"].whole / peaks["naive"].whole,
+        "peak_memory_ratio": peaks["linears"].whole / peaks["naive"].whole,
         "peak_memory_ratio_halves": peaks["halves"].whole / peaks["naive"].whole,
-        "peak_memory_ratio_of_step": peaks["prepacked"].step / peaks["naive"].step,
+        "peak_memory_ratio_of_step": peaks["linears"].step / peaks["naive"].step,
         "speedup_three_together": step / case["three, together"],
     }
     for name, of, ours in (("", case, step), ("_lin", lin, lin["states"])):
