@@ -10,6 +10,7 @@ forward, backward and AdamW, on batches that `TrainingBatches` draws from a feat
 encoder in loop  every example's image through the encoder, then the naive step; the encoder is in
                  float32, as recipes have it unless they say otherwise
 encoder, bf16    the same with the encoder in bfloat16, where the LM is
+video encoder    and audio's, alone, for a batch of 64
 naive            [token | prompt | text] of every example at once, all logits, attention as Hugging
                  Face has it, and (in lin) a graph down to the words
 logits           logits only where there is a label
@@ -38,8 +39,8 @@ Steps take turns within a repeat, so that all see the same machine, and the boun
 the step that `train` takes; medians count, of seconds and of each repeat's ratio to the bound. Peak
 memory is the median of three processes of their own, without the interpreter and its libraries,
 weights included; that of the step alone leaves out weights and optimiser, too. Data wait is the
-time that drawing a batch takes, as a share of the step. The encoders of video and audio are
-measured on one batch, since they take minutes.
+time that drawing a batch takes, as a share of the step. The encoders of video and audio, which take
+minutes for 64 media, are measured with two; a step with one in the loop is that and a naive one.
 """
 
 import argparse
@@ -54,6 +55,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,14 +95,26 @@ def main() -> None:
                 for questions in (1, 4):
                     case = Case(variant, batch, questions)
                     result[str(case)] = _measure(world, case, options)
-        print(json.dumps(_summary(world, options, result)))
+        print(json.dumps(_summary(options, result)))
 
 
 class Measured(NamedTuple):
-    """Of a case, medians by step: seconds, and seconds over those of the bound right after."""
+    """Of a case, seconds by step: of each repeat, and what drawing a batch takes."""
 
-    seconds: dict[str, float]
-    of_bound: dict[str, float]
+    repeats: dict[str, list[float]]
+    data: float
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Medians."""
+        found = {name: statistics.median(each) for name, each in self.repeats.items()}
+        return {**found, "data": self.data}
+
+    def ratio(self, name: str, of: str, and_also: str | None = None) -> float:
+        """Seconds of a step, and of one more, over those of another: the median of repeats'."""
+        own, other = self.repeats[name], self.repeats[of]
+        more = [0.0] * len(own) if and_also is None else self.repeats[and_also]
+        return statistics.median((a + b) / c for a, b, c in zip(own, more, other, strict=False))
 
 
 def _measure(world: World, case: Case, options: argparse.Namespace) -> Measured:
@@ -116,7 +130,9 @@ def _measure(world: World, case: Case, options: argparse.Namespace) -> Measured:
             timed["bound of states"] = Bound(world, case, lower_cached=True)
     if VARIANTS[case.variant]["prompt_length"]:
         timed["bound, prompts"] = Bound(world, case, prompts=True)
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    if (case.batch, case.questions) == (64, 4):
+        timed.update(_encoders(world))
+    repeats: dict[str, list[float]] = {name: [] for name in timed}
     for repeat in range(options.repeats + 1):
         for name, step in timed.items():
             if name.startswith("encoder") and repeat > 2:
@@ -126,56 +142,52 @@ def _measure(world: World, case: Case, options: argparse.Namespace) -> Measured:
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             if repeat:  # the first warms up
-                runs = 3 if name == "three, together" else 1
-                seconds[name].append((time.perf_counter() - start) / runs)
-    found = {name: statistics.median(each) for name, each in seconds.items()}
-    of_bound = {}
-    for name, each in seconds.items():
-        bound = seconds["bound of states" if "states" in name else "bound"]
-        of_bound[name] = statistics.median(a / b for a, b in zip(each, bound, strict=False))
-    found["data"] = steps.data_seconds()
+                repeats[name].append((time.perf_counter() - start) * _times(name))
+    found = Measured(repeats, steps.data_seconds())
     print(f"{case}")
-    for name, value in found.items():
-        ratio = f"{of_bound[name]:8.2f} of bound" if name in of_bound else ""
-        print(f"  {name:16}{value:9.4f} s {ratio}")
+    for name, value in found.seconds.items():
+        bound = "bound of states" if "states" in name else "bound"
+        ratio = f"{found.ratio(name, bound):8.2f} of bound" if name in repeats else ""
+        print(f"  {name:20}{value:9.4f} s {ratio}")
     print(flush=True)
-    return Measured(found, of_bound)
+    return found
 
 
-def _summary(
-    world: World, options: argparse.Namespace, result: dict[str, Measured]
-) -> dict[str, Any]:
+def _times(name: str) -> float:
+    """Of what is timed, how much a step takes."""
+    if name == "three, together":
+        return 1 / 3
+    return 32 if name.startswith(("video", "audio")) else 1
+
+
+def _summary(options: argparse.Namespace, result: dict[str, Measured]) -> dict[str, Any]:
     """The last line, of eP-ALM in batches of 64 with four questions about each image.
 
     What has `_lin` in it is of eP-ALM_lin in these shapes, with text states from their cache; what
     ends in `_bf16`, with an encoder in bfloat16.
     """
-    case, of_bound = result[str(Case("epalm", 64, 4))]
-    step, lin = case["linears"], result[str(Case("lin", 64, 4))].seconds
-    encoders = {m: _encoder_seconds(world, m) for m in ("video", "audio")}
-    dtypes = [*encoders["video"]]
+    case, lin = (result[str(Case(variant, 64, 4))] for variant in ("epalm", "lin"))
     peaks = {name: _peak_of(name, options) for name in ("naive", "linears", "halves")}
     for name, peak in peaks.items():
         print(f"peak memory, batch 64, {name}: {peak.whole:.0f} MB, {peak.step:.0f} of the step")
-    for modality, of_dtype in encoders.items():
-        for dtype, seconds in of_dtype.items():
-            print(f"{modality} encoder, {dtype}: {seconds:.2f} s a media")
     summary = {
-        "step_over_bound": of_bound["linears"],
-        "step_over_bound_halves": of_bound["halves"],
-        "step_over_bound_linears": step / case["bound, linears"],
-        "data_wait_share": case["data"] / step,
+        "step_over_bound": case.ratio("linears", "bound"),
+        "step_over_bound_halves": case.ratio("halves", "bound"),
+        "step_over_bound_linears": case.ratio("linears", "bound, linears"),
+        "data_wait_share": case.data / case.seconds["linears"],
         "peak_memory_ratio": peaks["linears"].whole / peaks["naive"].whole,
         "peak_memory_ratio_halves": peaks["halves"].whole / peaks["naive"].whole,
         "peak_memory_ratio_of_step": peaks["linears"].step / peaks["naive"].step,
-        "speedup_three_together": step / case["three, together"],
+        "speedup_three_together": case.ratio("linears", "three, together"),
     }
-    for name, of, ours in (("", case, step), ("_lin", lin, lin["states"])):
-        for dtype in dtypes:
-            in_loop = {m: 64 * s[dtype] + of["naive"] for m, s in encoders.items()}
-            in_loop["image"] = of[IN_LOOP[dtype]]
-            for modality, seconds in in_loop.items():
-                summary[f"speedup_{modality}{name}{_ENDING[dtype]}"] = seconds / ours
+    for name, of, step in (("", case, "linears"), ("_lin", lin, "states")):
+        for dtype, in_loop in IN_LOOP.items():
+            if in_loop in of.repeats:
+                ending = _ENDING[dtype]
+                summary[f"speedup_image{name}{ending}"] = of.ratio(in_loop, step)
+                for modality in ("video", "audio"):
+                    encoder = _encoder_name(modality, dtype)
+                    summary[f"speedup_{modality}{name}{ending}"] = of.ratio(encoder, step, "naive")
     return {
         **{key: round(value, 4) for key, value in summary.items()},
         "seconds": {
@@ -185,21 +197,24 @@ def _summary(
     }
 
 
-def _encoder_seconds(world: World, modality: str) -> dict[str, float]:
-    """Seconds that the modality's encoder takes for one media, in a batch of two, by dtype."""
-    folder = world.folder / modality
-    folder.mkdir()
-    {"video": weights.timesformer, "audio": weights.ast}[modality](folder, world.small)
-    inputs = torch.randn(2, *MEDIA_SHAPES[modality])
-    layers = range(4 if world.small else 12)
+@cache
+def _encoders(world: World) -> dict[str, Callable[[], Any]]:
+    """The encoders of video and audio, each with a batch of two."""
     found = {}
-    for dtype in IN_LOOP if world.dtype == torch.bfloat16 else ("float32",):
-        encoder = build(world.recipe(Case("epalm", 64, 4), modality, dtype), world.device)
-        encoder.encode(inputs, layers)
-        start = time.perf_counter()
-        encoder.encode(inputs, layers)
-        found[dtype] = (time.perf_counter() - start) / 2
+    for modality, make in (("video", weights.timesformer), ("audio", weights.ast)):
+        folder = world.folder / modality
+        folder.mkdir()
+        make(folder, world.small)
+        inputs = torch.randn(2, *MEDIA_SHAPES[modality])
+        for dtype in IN_LOOP if world.dtype == torch.bfloat16 else ("float32",):
+            encoder = build(world.recipe(Case("epalm", 64, 4), modality, dtype), world.device)
+            layers = range(4 if world.small else 12)
+            found[_encoder_name(modality, dtype)] = partial(encoder.encode, inputs, layers)
     return found
+
+
+def _encoder_name(modality: str, dtype: str) -> str:
+    return f"{modality} encoder" + (", bf16" if dtype == "bfloat16" else "")
 
 
 class Peak(NamedTuple):

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from epalm.model.in_use import in_use
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_with_both: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 
 
 class _ReLU(torch.autograd.Function):
@@ -43,12 +45,14 @@ def _relu_done(states: torch.Tensor) -> torch.Tensor:
 
 def relus_of_linears(lm: nn.Module) -> dict[nn.Linear, nn.ReLU]:
     """By linear layer, the ReLU that alone reads what it gives; in OPT, one a layer."""
-    pairs = ((getattr(part, "fc1", None), getattr(part, "activation_fn", None))
-             for part in lm.modules())  # fmt: skip
+    if lm not in _with_both:  # to look through a whole LM takes longer than a layer does
+        _with_both[lm] = [
+            part for part in lm.modules() if {"fc1", "activation_fn"} <= {*part._modules}
+        ]
     return {
-        linear: relu
-        for linear, relu in pairs
-        if isinstance(linear, nn.Linear) and isinstance(relu, nn.ReLU)
+        part.fc1: part.activation_fn
+        for part in _with_both[lm]
+        if isinstance(part.fc1, nn.Linear) and isinstance(part.activation_fn, nn.ReLU)
     }
 
 
