@@ -1,8 +1,8 @@
 """The products of a linear layer with many rows, in pieces of rows where that is faster.
 
-With AMX on two cores, and with no other number of them, oneDNN (3.12) leaves a product to one of
-them if what comes out is small and about as high as wide. Of half the rows each has a share, and
-both halves together take little more than half the time. What comes out may differ by a rounding.
+With AMX and two threads (not with 4 or 8), oneDNN (3.12) leaves a product to one of them if what
+comes out is small and about as high as wide. Of half the rows each has a share, and both halves
+together take little more than half the time. What comes out may differ by a rounding.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import nn
 
 from epalm.model.onednn import linear
 
-_CORES = 2
+_THREADS = 2
 _COLUMNS = range(256, 1025)  # that such a product has
 _LOW, _HIGH, _MOST = 0.9, 2.0, 1400  # its rows are so many for each column, but no more than these
 
@@ -54,6 +54,6 @@ def _product(
 def _pieces(rows: int, columns: int) -> int:
     """How many a product with so many rows and columns is made in."""
     one_core = columns in _COLUMNS and _LOW * columns < rows < min(_HIGH * columns, _MOST)
-    if not one_core or torch.get_num_threads() != _CORES:
+    if not one_core or torch.get_num_threads() != _THREADS:
         return 1
     return math.ceil(rows / (_LOW * columns))

@@ -54,7 +54,7 @@ def own_linears(lm: nn.Module, tokens: int) -> Iterator[Set[nn.Module]]:
     Args:
         tokens: of text, in this pass.
 
-    Returns:
+    Yields:
         The ReLUs that find nothing left to do.
     """
     on_cpu = next(lm.parameters()).device.type in OWN_LINEARS_ON
@@ -110,8 +110,8 @@ class _Linear(torch.autograd.Function):
 
 
 def _forward(products: _Products, relu: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What stands in for the `forward` of a linear layer; `relu`: with a ReLU after it, in whose
-    gradient the layer's is taken."""
+    """What stands in for the `forward` of a linear layer; `relu`: the module after it is a ReLU,
+    which is done here and there needs only its gradient."""
 
     def forward(states: torch.Tensor) -> torch.Tensor:
         if states.requires_grad and torch.is_grad_enabled():
