@@ -23,9 +23,15 @@ _NAME = "epalm"
 
 @contextmanager
 def own_attention(lm: PreTrainedModel) -> Iterator[None]:
-    """Within it, the LM's layers attend as this module says."""
+    """Within it, the LM's layers attend as this module says.
+
+    To say so takes a while: a pass that calls them several times says it once, around all calls.
+    """
     with in_use(lm):
         before = lm.config._attn_implementation
+        if before == _NAME:
+            yield
+            return
         lm.config._attn_implementation = _NAME
         try:
             yield

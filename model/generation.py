@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from epalm.device import send
 from epalm.errors import EpalmError
+from epalm.model.attention import own_attention
 from epalm.model.cache import CACHE, PrefixCache
 from epalm.model.connection import Features, media_of, to_device, tokens_of
 from epalm.model.linears import own_linears
@@ -66,7 +67,7 @@ class Generator(GenerationMixin):
             attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
         if cache is None and features is None:
             raise ValueError("give features, or a cache made by perceive()")
-        with own_linears(self.lm, input_ids.numel()):
+        with own_attention(self.lm), own_linears(self.lm, input_ids.numel()):
             if cache is not None:
                 equal, cache.equal = cache.equal, None
                 last = logits_to_keep or None
@@ -104,7 +105,7 @@ class Generator(GenerationMixin):
         room.check_generation(int(attention_mask.sum(dim=1).max()), wanted.new_tokens)
         source: dict[str, Any]
         if use_cache and not model.reference_mask:
-            with own_linears(self.lm, input_ids.numel()):
+            with own_attention(self.lm), own_linears(self.lm, input_ids.numel()):
                 cache = model.perceive(features, rows.repeat_interleave(wanted.copies))
             texts = map(tuple, torch.cat((input_ids, attention_mask), dim=1).tolist())
             cache.equal = Equal.among(texts, model.device).repeat(wanted.copies)

@@ -147,11 +147,8 @@ class Layers:
         call = self.call(hidden, places, positions(mask).reshape(1, -1), prefix.length, None)
 
         def enter(layer: int, hidden: torch.Tensor) -> torch.Tensor:
-            if layer == layers.start:
-                return hidden
-            before, text = packing.split(hidden)
-            front = prefix.enter(layer, before)
-            return hidden if front is before else packing.join(front, text)
+            new = prefix.new(layer) if layer > layers.start else None
+            return hidden if new is None else packing.put(hidden, new.first, new.states)
 
         counts = prefix.states_of_runs(layers.start, length, queries)
         return packing.split(

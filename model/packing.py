@@ -48,6 +48,14 @@ class Packing:
             text.unflatten(0, (self.texts, queries)),
         )
 
+    def put(self, states: torch.Tensor, first: int, new: torch.Tensor) -> torch.Tensor:
+        """States (1, N, H) with new ones (R, k, H) in place of each prefix's from this one on."""
+        length = self.prefix_mask.shape[2]
+        place = torch.arange(first, first + new.shape[1], device=new.device)
+        start = torch.arange(0, self.prefixes * length, length, device=new.device)
+        rows = (start[:, None] + place).flatten()
+        return states.index_copy(1, rows, new.flatten(0, 1)[None])
+
     def heads(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention's states (1, h, N, d) to (R, h, S, d) and (B, h, T, d)."""
         prefix, text = self.split(states.transpose(1, 2))

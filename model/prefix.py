@@ -22,6 +22,18 @@ class Rows(NamedTuple):
     texts: list[int]
 
 
+class New(NamedTuple):
+    """States that take the place of others.
+
+    Attributes:
+        first: at which place of the prefix.
+        states: (M, k, H); up to the first injection layer (R, k, H).
+    """
+
+    first: int
+    states: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Prefix:
     """Perceptual tokens of M media and the prompt, or prompts of R runs that share a pass.
@@ -56,24 +68,52 @@ class Prefix:
                 text]; at layer 0 with its prompt. (R, S, H) up to the first injection layer, where
                 there is no text.
         """
-        source = self.plan.source[layer]
-        own_prompt = layer > 0 and len(self.prompts) > 1
-        if source is None and not own_prompt:
+        if layer == self.plan.start:
+            return self._enter_first(hidden)
+        new = self.new(layer)
+        if new is None:
             return hidden
-        width = self.tokens.shape[2] if layer > self.plan.start else 0
-        front, rest = hidden[:, :width], hidden[:, width:]
-        if own_prompt:
-            prompt = self.prompts[layer]
-            if self.owner is not None and layer > self.plan.start:
-                prompt = prompt[self.owner]
-            prompt = prompt.expand(len(rest), -1, -1)
-            rest = torch.cat((prompt, rest[:, prompt.shape[1] :]), dim=1)
+        states = new.states.expand(len(hidden), -1, -1)
+        after = new.first + states.shape[1]
+        return torch.cat((hidden[:, : new.first], states, hidden[:, after:]), dim=1)
+
+    def new(self, layer: int) -> "New | None":
+        """What is put in place in a layer, but for the first injection layer, where all places move
+        on; None: nothing is."""
+        parts, injected = [], layer > self.plan.start
+        source = self.plan.source[layer]
         if source is not None:
-            front = self.tokens[:, source]
-            if self.owner is not None and layer == self.plan.start:
-                rest = rest[self.owner]
-            rest = rest.expand(len(front), -1, -1)
-        return torch.cat((front, rest), dim=1)
+            parts.append(self.tokens[:, source])
+        if self._has_prompt_of(layer):
+            parts.append(self._prompt(layer, injected))
+        if not parts:
+            return None
+        first = self.tokens.shape[2] if injected and source is None else 0
+        return New(first, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+
+    def _enter_first(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`enter` at the first injection layer: tokens, before what there was."""
+        start = self.plan.start
+        rest = hidden if self.owner is None else hidden[self.owner]
+        tokens = self.tokens[:, self.plan.source[start]]
+        rest = rest.expand(len(tokens), -1, -1)
+        if self._has_prompt_of(start):
+            prompt = self._prompt(start, True)
+            rest = torch.cat((prompt, rest[:, prompt.shape[1] :]), dim=1)
+        return torch.cat((tokens, rest), dim=1)
+
+    def _has_prompt_of(self, layer: int) -> bool:
+        """A prompt of its own, that is."""
+        return layer > 0 and len(self.prompts) > 1
+
+    def _prompt(self, layer: int, injected: bool) -> torch.Tensor:
+        """(R, P, H) of a layer, or of each media (M, P, H)."""
+        prompt = self.prompts[layer]
+        if not injected:
+            return prompt
+        if self.owner is not None:
+            return prompt[self.owner]
+        return prompt.expand(len(self.tokens), -1, -1)
 
     def states_of_runs(self, layer: int, prefix: int, text: int) -> list[int] | None:
         """How many states each run has in a layer: in its prefixes, run after run, then in its

@@ -1,8 +1,8 @@
 """ReLU that keeps one byte for each number for the backward pass, not the number."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,7 +11,16 @@ from torch import nn
 from epalm.model.in_use import in_use
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_with_both: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
+
+
+class _ReLUs(NamedTuple):
+    """Those of an LM: all, and by linear layer the one that alone reads what it gives."""
+
+    all: list[nn.ReLU]
+    after: dict[nn.Linear, nn.ReLU]
+
+
+_found: WeakKeyDictionary[nn.Module, _ReLUs] = WeakKeyDictionary()
 
 
 class _ReLU(torch.autograd.Function):
@@ -22,7 +31,8 @@ class _ReLU(torch.autograd.Function):
         ctx.mark_dirty(states)
         if not done:
             states.relu_()
-        ctx.save_for_backward(states.to(torch.bool))
+        bits = states.detach().view(_BITS[states.dtype.itemsize])  # of 0 and more: not 0, positive
+        ctx.save_for_backward(bits.to(torch.bool))
         return states
 
     @staticmethod
@@ -30,7 +40,8 @@ class _ReLU(torch.autograd.Function):
         (positive,) = ctx.saved_tensors
         # times 0 or 1 as integers: on a CPU three to eleven times as fast as with numbers
         bits = _BITS[gradient.dtype.itemsize]
-        return positive.to(bits).mul_(gradient.view(bits)).view(gradient.dtype), None
+        ones = positive.view(torch.int8).to(bits)
+        return ones.mul_(gradient.view(bits)).view(gradient.dtype), None
 
 
 def _relu(states: torch.Tensor) -> torch.Tensor:
@@ -43,17 +54,29 @@ def _relu_done(states: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def relus_of_linears(lm: nn.Module) -> dict[nn.Linear, nn.ReLU]:
+def relus_of_linears(lm: nn.Module) -> Mapping[nn.Linear, nn.ReLU]:
     """By linear layer, the ReLU that alone reads what it gives; in OPT, one a layer."""
-    if lm not in _with_both:  # to look through a whole LM takes longer than a layer does
-        _with_both[lm] = [
-            part for part in lm.modules() if {"fc1", "activation_fn"} <= {*part._modules}
+    return _relus_of(lm).after
+
+
+def _relus_of(lm: nn.Module) -> "_ReLUs":
+    """Looked for once: to go through a whole LM takes longer than a small layer does."""
+    if lm not in _found:
+        parts = [*lm.modules()]
+        pairs = [
+            (part.fc1, part.activation_fn)
+            for part in parts
+            if {"fc1", "activation_fn"} <= {*part._modules}
         ]
-    return {
-        part.fc1: part.activation_fn
-        for part in _with_both[lm]
-        if isinstance(part.fc1, nn.Linear) and isinstance(part.activation_fn, nn.ReLU)
-    }
+        _found[lm] = _ReLUs(
+            [part for part in parts if isinstance(part, nn.ReLU)],
+            {
+                linear: relu
+                for linear, relu in pairs
+                if isinstance(linear, nn.Linear) and isinstance(relu, nn.ReLU)
+            },
+        )
+    return _found[lm]
 
 
 @contextmanager
@@ -66,7 +89,7 @@ def lean_relus(lm: nn.Module, done: Collection[nn.Module] = ()) -> Iterator[None
     Args:
         done: those of them whose input is what their output should be.
     """
-    relus = [module for module in lm.modules() if isinstance(module, nn.ReLU)]
+    relus = _relus_of(lm).all
     with in_use(lm):
         for relu in relus:
             relu.forward = _relu_done if relu in done else _relu

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from epalm.model.attention import own_attention
 from epalm.model.augmented import AugmentedLM
 from epalm.model.connection import Features
 from epalm.model.families.base import LMFamily
@@ -62,6 +63,7 @@ def example_losses(
     if labelled is None:
         labelled = (flat != -100).nonzero()[:, 0]
     with (
+        own_attention(model.lm),
         own_linears(model.lm, input_ids.numel()) as done,
         lean_relus(model.lm, done) if frozen else nullcontext(),
     ):
