@@ -70,11 +70,3 @@ class Packing:
         if self.owner is None:
             return states.expand(self.texts, *states.shape[1:])
         return states.index_select(0, self.owner)
-
-    def sum_over_texts(self, states: torch.Tensor) -> torch.Tensor:
-        """Of texts (B, …), the sum over those of each prefix (R, …)."""
-        if self.owner is None:
-            return states.sum(dim=0, keepdim=True)
-        flat = states.flatten(1)  # in more dimensions, index_add_ takes several times as long
-        sums = flat.new_zeros(self.prefixes, flat.shape[1]).index_add_(0, self.owner, flat)
-        return sums.view(self.prefixes, *states.shape[1:])

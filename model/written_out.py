@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from epalm.model.blocks import Blocks, blocks_of
 from epalm.model.packing import Packing
 
+_LITTLE = 1 << 17  # numbers
+
 
 def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
@@ -31,7 +33,8 @@ def attention(
 class PackedAttention(torch.autograd.Function):
     """The same of prefixes and texts in one sequence: (1, h, N, d) to (1, N, h, d).
 
-    For the backward pass it keeps what it is given, and the weights.
+    For the backward pass it keeps what it is given, in blocks where these are not much larger, and
+    the weights.
     """
 
     @staticmethod
@@ -45,14 +48,18 @@ class PackedAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         blocks = blocks_of(packing, query.shape[2], key.shape[2])
-        scores = blocks.queries(query) @ blocks.keys(key).transpose(1, 2)
+        queries, keys, values = blocks.queries(query), blocks.keys(key), blocks.keys(value)
+        scores = queries @ keys.transpose(1, 2)
         by_head = scores.view(len(blocks.mask), -1, *blocks.mask.shape[2:])
         weights = _softmax(by_head, blocks.mask, scaling)
-        weights[:, :, : blocks.used.shape[2]] *= blocks.used
+        if blocks.used is not None:
+            weights[:, :, : blocks.used.shape[2]] *= blocks.used
         weights = weights.view_as(scores)
-        ctx.save_for_backward(query, key, value, weights)
+        pairs = (queries, query), (keys, key), (values, value)
+        kept = [of if of.numel() < states.numel() + _LITTLE else states for of, states in pairs]
+        ctx.save_for_backward(*kept, weights)
         ctx.blocks, ctx.scaling = blocks, scaling
-        return blocks.from_queries(weights @ blocks.keys(value))
+        return blocks.from_queries(weights @ values)
 
     @staticmethod
     @once_differentiable
@@ -61,14 +68,18 @@ class PackedAttention(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         query, key, value, weights = ctx.saved_tensors
         blocks: Blocks = ctx.blocks
+        queries = blocks.queries(query) if query.ndim == 4 else query
+        keys, values = (blocks.keys(x) if x.ndim == 4 else x for x in (key, value))
         of_out = blocks.queries(gradient)
         of_value = blocks.from_keys(weights.transpose(1, 2) @ of_out)
         wide = _wide(weights)
-        of_weights = (of_out @ blocks.keys(value).transpose(1, 2)).to(wide)
+        of_weights = (of_out @ values.transpose(1, 2)).to(wide)
         of_scores = torch._softmax_backward_data(of_weights, weights.to(wide), 2, wide)
-        of_scores = of_scores.mul_(ctx.scaling).to(query.dtype)
-        of_query = blocks.from_queries(of_scores @ blocks.keys(key))
-        of_key = blocks.from_keys(of_scores.transpose(1, 2) @ blocks.queries(query))
+        if ctx.scaling != 1:
+            of_scores.mul_(ctx.scaling)
+        of_scores = of_scores.to(query.dtype)
+        of_query = blocks.from_queries(of_scores @ keys)
+        of_key = blocks.from_keys(of_scores.transpose(1, 2) @ queries)
         of_query, of_key, of_value = (x.transpose(1, 2) for x in (of_query, of_key, of_value))
         return of_query, of_key, of_value, None, None
 

@@ -20,6 +20,8 @@ TEXTS, TOKENS = 5, 4
 OWNERS = {
     "of_three": torch.tensor([2, 0, 1, 2, 2]),
     "of_two_and_none_of_another": torch.tensor([2, 0, 0, 2, 2]),
+    "one_of_each": torch.arange(TEXTS),
+    "not_in_order": torch.arange(TEXTS).flip(0),
     "of_one": None,
 }
 
@@ -28,7 +30,7 @@ def packing(owner: torch.Tensor | None, length: int, dtype: torch.dtype) -> Pack
     """Texts of 4, 2 or 3 real tokens, padded on the left."""
     real = torch.tensor([[1] * 4, [0, 0, 1, 1], [1] * 4, [0, 1, 1, 1], [1] * 4])
     return Packing(
-        1 if owner is None else 3,
+        1 if owner is None else max(3, int(owner.max()) + 1),
         TEXTS,
         owner,
         added_to_scores(prefix_mask(length, real.device), dtype),
