@@ -72,9 +72,7 @@ class Blocks:
         heads, width, of_keys = self._key_heads, blocks.shape[-1], self._index.of_keys
         of_prefixes = self._prefixes * self._length
         found = blocks.new_empty(of_prefixes * heads + len(of_keys), width)
-        torch.index_select(
-            blocks.view(-1, width), 0, of_keys, out=found[of_prefixes * heads :]
-        )
+        torch.index_select(blocks.view(-1, width), 0, of_keys, out=found[of_prefixes * heads :])
         if of_prefixes:
             of_block = blocks.view(self._texts, heads, -1, width)[:, :, : self._length]
             sums = self._sum_over_texts(of_block.transpose(1, 2))
