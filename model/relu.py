@@ -31,7 +31,8 @@ class _ReLU(torch.autograd.Function):
         ctx.mark_dirty(states)
         if not done:
             states.relu_()
-        bits = states.detach().view(_BITS[states.dtype.itemsize])  # of 0 and more: not 0, positive
+        # none is negative now: positive are those with a bit set, which integers tell faster
+        bits = states.detach().view(_BITS[states.dtype.itemsize])
         ctx.save_for_backward(bits.to(torch.bool))
         return states
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from epalm.model.blocks import Blocks, blocks_of
 from epalm.model.packing import Packing
 
-_LITTLE = 1 << 17  # numbers
+_LITTLE = 1 << 17  # numbers, by which blocks may be larger than the states in them
 
 
 def attention(
