@@ -133,3 +133,12 @@ def test_the_lm_has_its_own_attention_again() -> None:
         assert lm.config._attn_implementation == "epalm"
         raise ZeroDivisionError
     assert lm.config._attn_implementation == "sdpa"
+
+
+def test_within_a_pass_it_stays() -> None:
+    lm = tiny_opt()
+    with attention.own_attention(lm):
+        with attention.own_attention(lm):
+            pass
+        assert lm.config._attn_implementation == "epalm"
+    assert lm.config._attn_implementation == "sdpa"
