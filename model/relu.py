@@ -31,9 +31,7 @@ class _ReLU(torch.autograd.Function):
         ctx.mark_dirty(states)
         if not done:
             states.relu_()
-        # none is negative now: positive are those with a bit set, which integers tell faster
-        bits = states.detach().view(_BITS[states.dtype.itemsize])
-        ctx.save_for_backward(bits.to(torch.bool))
+        ctx.save_for_backward(states.to(torch.bool))
         return states
 
     @staticmethod
@@ -60,7 +58,7 @@ def relus_of_linears(lm: nn.Module) -> Mapping[nn.Linear, nn.ReLU]:
     return _relus_of(lm).after
 
 
-def _relus_of(lm: nn.Module) -> "_ReLUs":
+def _relus_of(lm: nn.Module) -> _ReLUs:
     """Looked for once: to go through a whole LM takes longer than a small layer does."""
     if lm not in _found:
         parts = [*lm.modules()]

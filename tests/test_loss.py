@@ -6,6 +6,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 
@@ -115,6 +116,19 @@ def test_no_label_no_loss(case: dict[str, Any]) -> None:
     sums, counts = example_losses(**case | {"labels": torch.full_like(case["labels"], -100)})
     sums.sum().backward()
     assert sums.tolist() == counts.tolist() == [0] * TEXTS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_relu_learns_nothing_from_zeros(dtype: torch.dtype) -> None:
+    """Of either sign, as torch's own does."""
+    relu = nn.ReLU()
+    states = torch.tensor([-1.0, -0.0, 0.0, 1e-30, 2.0], dtype=dtype, requires_grad=True)
+    gradient = torch.tensor([3.0, 4, 5, 6, 7], dtype=dtype)
+    (expected,) = torch.autograd.grad(relu(states), states, gradient)
+    with lean_relus(relu):
+        ours = relu(states * 1)
+    assert torch.equal(ours, relu(states))
+    assert torch.equal(torch.autograd.grad(ours, states, gradient)[0], expected)
 
 
 def test_the_lms_relus_are_themselves_again(case: dict[str, Any]) -> None:
