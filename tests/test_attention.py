@@ -9,26 +9,27 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from epalm.model import attention
+from epalm.model import attention, written_out
 from epalm.model.masks import added_to_scores, prefix_mask, text_mask
 from epalm.model.packing import Packing
 from epalm.model.written_out import PackedAttention
 from tests.conftest import tiny_opt
 
 HEADS, KEY_HEADS, WIDTH, SCALING = 4, 2, 3, 0.7
-TEXTS, TOKENS = 5, 4
+TEXTS, TOKENS = 6, 4
 OWNERS = {
-    "of_three": torch.tensor([2, 0, 1, 2, 2]),
-    "of_two_and_none_of_another": torch.tensor([2, 0, 0, 2, 2]),
+    "of_three": torch.tensor([2, 0, 1, 2, 2, 0]),
+    "of_two_and_none_of_another": torch.tensor([2, 0, 0, 2, 2, 0]),
     "one_of_each": torch.arange(TEXTS),
+    "two_of_each": torch.arange(TEXTS) // 2,
     "not_in_order": torch.arange(TEXTS).flip(0),
     "of_one": None,
 }
 
 
 def packing(owner: torch.Tensor | None, length: int, dtype: torch.dtype) -> Packing:
-    """Texts of 4, 2 or 3 real tokens, padded on the left."""
-    real = torch.tensor([[1] * 4, [0, 0, 1, 1], [1] * 4, [0, 1, 1, 1], [1] * 4])
+    """Texts of 4, 3, 2 or 1 real tokens, padded on the left."""
+    real = torch.tensor([[1] * 4, [0, 0, 1, 1], [1] * 4, [0, 1, 1, 1], [1] * 4, [0, 0, 0, 1]])
     return Packing(
         1 if owner is None else max(3, int(owner.max()) + 1),
         TEXTS,
@@ -83,16 +84,18 @@ def ours(packed: Packing, *inputs: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("written_out", [True, False])
+@pytest.mark.parametrize("way", ["blocks kept", "states kept", "fused"])
 @pytest.mark.parametrize("length", [0, 3])
 @pytest.mark.parametrize("owner", OWNERS)
 def test_prefixes_and_texts_in_one_sequence(
-    owner: str, length: int, written_out: bool, monkeypatch: pytest.MonkeyPatch
+    owner: str, length: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values and gradients are those of each prefix and each text by itself, but for a prefix
     without texts, which is of no use to anybody."""
-    if not written_out:
+    if way == "fused":
         monkeypatch.setattr(attention, "WRITTEN_OUT_ON", set())
+    if way == "states kept":
+        monkeypatch.setattr(written_out, "_LITTLE", -1_000_000)
     packed = packing(OWNERS[owner], length, torch.float64)
     inputs = states(packed, torch.float64)
     found = []
