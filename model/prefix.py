@@ -77,18 +77,18 @@ class Prefix:
         after = new.first + states.shape[1]
         return torch.cat((hidden[:, : new.first], states, hidden[:, after:]), dim=1)
 
-    def new(self, layer: int) -> "New | None":
+    def new(self, layer: int) -> New | None:
         """What is put in place in a layer, but for the first injection layer, where all places move
         on; None: nothing is."""
-        parts, injected = [], layer > self.plan.start
-        source = self.plan.source[layer]
+        parts, source = [], self.plan.source[layer]
         if source is not None:
             parts.append(self.tokens[:, source])
         if self._has_prompt_of(layer):
-            parts.append(self._prompt(layer, injected))
+            parts.append(self._prompt(layer))
         if not parts:
             return None
-        first = self.tokens.shape[2] if injected and source is None else 0
+        behind_tokens = layer > self.plan.start and source is None
+        first = self.tokens.shape[2] if behind_tokens else 0
         return New(first, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
     def _enter_first(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,7 @@ class Prefix:
         tokens = self.tokens[:, self.plan.source[start]]
         rest = rest.expand(len(tokens), -1, -1)
         if self._has_prompt_of(start):
-            prompt = self._prompt(start, True)
+            prompt = self._prompt(start)
             rest = torch.cat((prompt, rest[:, prompt.shape[1] :]), dim=1)
         return torch.cat((tokens, rest), dim=1)
 
@@ -106,10 +106,10 @@ class Prefix:
         """A prompt of its own, that is."""
         return layer > 0 and len(self.prompts) > 1
 
-    def _prompt(self, layer: int, injected: bool) -> torch.Tensor:
-        """(R, P, H) of a layer, or of each media (M, P, H)."""
+    def _prompt(self, layer: int) -> torch.Tensor:
+        """(R, P, H) of a layer; from the first injection layer on, of each media (M, P, H)."""
         prompt = self.prompts[layer]
-        if not injected:
+        if layer < self.plan.start:
             return prompt
         if self.owner is not None:
             return prompt[self.owner]
