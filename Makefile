@@ -17,6 +17,7 @@ demo: $(INSTALLED)
 	$(BIN)/python pipeline.py predict runs/demo --image docs/example.png --ask "what shape is in the image?"
 	$(BIN)/python pipeline.py show runs/demo
 
+# three processes: tests that start processes of their own wait, and two would leave cores idle
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
